@@ -1,0 +1,1 @@
+"""What touches the world: one small Protocol per port, one library per adapter."""

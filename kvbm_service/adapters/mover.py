@@ -1,0 +1,109 @@
+"""The mover port: what a rank does with bytes.
+
+Three kinds of memory: the device pool (the engine's KV tensors), the own host slab, and
+other nodes' slabs. Columns are numpy arrays with one entry per block.
+
+A slab is a table of headers followed by slots. A header names what its slot holds; it is
+cleared before a slot is written and set after, so a reader that finds the expected header
+*after* its read knows that it read exactly that block (docs/adr/0003).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.uint32]
+Stamps = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
+
+HEADER = np.dtype(
+    [("hash", np.uint64, 2), ("fill", np.uint64), ("checksum", np.uint64)]
+)
+"""32 bytes per slot. `hash` is the block's name as two native words; `checksum` is xxh3-64 of
+the block's device bytes at the time of saving, or 0 when verification is off."""
+
+
+class Region(NamedTuple):
+    """One piece that every device block has: `count` × `length` bytes, `stride` apart."""
+
+    address: int
+    stride: int
+    length: int
+    count: int
+
+
+class Blocks(NamedTuple):
+    """Columns of a transfer: which blocks, where they are, where they belong."""
+
+    hashes: npt.NDArray[np.uint64]
+    """Shape (n, 2)."""
+    fills: Stamps
+    slots: Indices
+    device: Indices
+
+
+class RemoteSlab(NamedTuple):
+    """Another rank's slab, as its record describes it."""
+
+    agent: str
+    agent_metadata: bytes
+    base: int
+    headers: int
+    slots: int
+    slot_bytes: int
+    parts: tuple[int, ...]
+
+
+class Mover(Protocol):
+    """Moves blocks. Calls block the calling thread (never one of the engine's) and release the GIL."""
+
+    @property
+    def agent(self) -> str:
+        """Our name among NIXL agents, unique to this process."""
+        ...
+
+    @property
+    def agent_metadata(self) -> bytes:
+        """What another mover needs to read from us."""
+        ...
+
+    def save(self, blocks: Blocks) -> None:
+        """Device → own slab, headers cleared before and set after.
+
+        Raises:
+            TransferError: some slot was not filled; its header is clear.
+        """
+        ...
+
+    def load(self, blocks: Blocks) -> Mask:
+        """Own slab → device. True for each block whose header was right before and after."""
+        ...
+
+    def connect(self, peer: RemoteSlab) -> None:
+        """Make `peer` readable. Idempotent.
+
+        Raises:
+            TransferError: unreachable, or its slots are not laid out like ours.
+        """
+        ...
+
+    def forget(self, agent: str) -> None:
+        """Drop what `connect` set up. Unknown agents are ignored."""
+        ...
+
+    def pull(self, agent: str, blocks: Blocks, timeout_seconds: float) -> Mask:
+        """Slab of `agent` → device. True for each block proven to have arrived whole.
+
+        Returns, or raises, only when nothing can write to the device blocks any more.
+
+        Raises:
+            TransferError: the peer is gone, or time ran out. No block may be believed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Deregister everything. The slab's memory stays its owner's to free."""
+        ...

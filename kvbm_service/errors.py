@@ -1,0 +1,66 @@
+"""Everything that can go wrong and is not our own bug.
+
+    KvbmError
+    ├── SettingError          a setting's value is refused: names it, the value, what is allowed
+    ├── BusError              NATS
+    │   ├── BusUnavailable    not connected, connection refused, wrong credentials
+    │   ├── NoAnswer          nobody listens there, or no reply within the deadline
+    │   └── PortTaken         the embedded server's port is in use
+    ├── DirectoryError        membership
+    │   └── NameTaken         a live node already has this name
+    ├── LayoutError           the engine's memory cannot be cached as configured
+    ├── RanksMissing          not every rank reported in time: names the missing ones
+    └── TransferError         bytes did not arrive, or cannot be trusted
+
+Each message is one line that says what is wrong and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class KvbmError(Exception):
+    """Base of the tree above."""
+
+
+class SettingError(KvbmError):
+    """A setting has a value that is not allowed."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"{name}={value!r} is not allowed: {allowed}")
+        self.name = name
+
+
+class BusError(KvbmError):
+    """Something about NATS."""
+
+
+class BusUnavailable(BusError):
+    """There is no usable connection to NATS."""
+
+
+class NoAnswer(BusError):
+    """Nobody answered within the deadline."""
+
+
+class PortTaken(BusError):
+    """The embedded server cannot have its port."""
+
+
+class DirectoryError(KvbmError):
+    """Something about membership."""
+
+
+class NameTaken(DirectoryError):
+    """Another live node goes by this name."""
+
+
+class LayoutError(KvbmError):
+    """The engine's memory cannot be cached as configured."""
+
+
+class RanksMissing(KvbmError):
+    """Not every rank reported in time."""
+
+
+class TransferError(KvbmError):
+    """Bytes did not arrive, or cannot be trusted."""

@@ -1,0 +1,83 @@
+"""Bytes to messages and back. msgpack by default, JSON on request; readers take both."""
+
+from __future__ import annotations
+
+import enum
+from typing import Generic, TypeVar
+
+import msgspec
+
+from kvbm_schemas.events import BlockEvent
+from kvbm_schemas.message import MAX_MESSAGE_BYTES, Message
+from kvbm_schemas.records import DirectoryRecord
+from kvbm_schemas.requests import (
+    Acquire,
+    LeaseAnswer,
+    Locate,
+    Located,
+    Lookup,
+    Placements,
+    Release,
+    Resync,
+    SnapshotChunk,
+)
+
+M = TypeVar("M")
+
+AnyMessage = (
+    BlockEvent
+    | Lookup
+    | Located
+    | Locate
+    | Placements
+    | Acquire
+    | LeaseAnswer
+    | Release
+    | Resync
+    | SnapshotChunk
+    | DirectoryRecord
+)
+"""Everything that can be seen on the bus or in the directory."""
+
+
+class Wire(enum.StrEnum):
+    """How messages are written."""
+
+    MSGPACK = "msgpack"
+    JSON = "json"
+
+
+class Malformed(ValueError):
+    """Bytes that are not the message expected. The sender is at fault; nothing was changed."""
+
+
+_msgpack = msgspec.msgpack.Encoder()
+_json = msgspec.json.Encoder()
+
+
+def encode(message: Message, wire: Wire = Wire.MSGPACK) -> bytes:
+    """Write a message."""
+    return _json.encode(message) if wire is Wire.JSON else _msgpack.encode(message)
+
+
+class Decoder(Generic[M]):
+    """Reads one type (or union) of message, from either wire format."""
+
+    def __init__(self, kind: type[M]) -> None:
+        self._msgpack: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kind)
+        self._json: msgspec.json.Decoder[M] = msgspec.json.Decoder(kind)
+
+    def decode(self, payload: bytes) -> M:
+        """Read a message.
+
+        Raises:
+            Malformed: too large, cut off, of another type, or with a field out of bounds.
+        """
+        if len(payload) > MAX_MESSAGE_BYTES:
+            raise Malformed(f"{len(payload)} bytes, more than {MAX_MESSAGE_BYTES}")
+        try:
+            if payload[:1] == b"{":
+                return self._json.decode(payload)
+            return self._msgpack.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Malformed(str(error)) from error

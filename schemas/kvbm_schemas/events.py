@@ -1,0 +1,51 @@
+"""Block events: what a leader tells everyone about its own blocks.
+
+The sender is the node in the subject, never a field: a server that lets each node publish
+only under its own name thereby makes forging impossible. Order is (epoch, seq).
+"""
+
+from __future__ import annotations
+
+from kvbm_schemas.block import HASH_BYTES, Tier
+from kvbm_schemas.message import BlockHashes, Epoch, Message, Seq, check_packed
+
+
+class Stored(Message):
+    """These blocks are now readable in `tier`: every rank has confirmed their bytes."""
+
+    epoch: Epoch
+    seq: Seq
+    tier: Tier
+    hashes: BlockHashes
+
+    def __post_init__(self) -> None:
+        check_packed(self.hashes, HASH_BYTES, "hashes")
+
+
+class Removed(Message):
+    """These blocks are no longer in `tier`."""
+
+    epoch: Epoch
+    seq: Seq
+    tier: Tier
+    hashes: BlockHashes
+
+    def __post_init__(self) -> None:
+        check_packed(self.hashes, HASH_BYTES, "hashes")
+
+
+class Cleared(Message):
+    """No block of this node is left in any tier."""
+
+    epoch: Epoch
+    seq: Seq
+
+
+class Beat(Message):
+    """`seq` was the last event so far: lets a listener notice that it missed the end."""
+
+    epoch: Epoch
+    seq: Seq
+
+
+BlockEvent = Stored | Removed | Cleared | Beat

@@ -1,0 +1,68 @@
+"""Directory records: who takes part, kept alive by a lease."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from kvbm_schemas.block import Tier
+from kvbm_schemas.message import MAX_U63, Epoch, Message, Token
+
+Address = Annotated[int, msgspec.Meta(ge=0, le=MAX_U63)]
+"""An address in the process of the rank that published it."""
+
+
+class TierStatus(msgspec.Struct, frozen=True):
+    """How full a tier is, in blocks."""
+
+    tier: Tier
+    capacity: int
+    used: int
+    pinned: int
+
+
+class NodeRecord(Message):
+    """A leader: its life (`epoch`), how many ranks it has, and its tiers."""
+
+    node: Token
+    epoch: Epoch
+    world_size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    block_bytes: int
+    """Bytes of one block over all ranks."""
+    tiers: Annotated[tuple[TierStatus, ...], msgspec.Meta(max_length=8)] = ()
+    engine: str = ""
+    instance: str = ""
+    """Tells two processes that claim the same name apart."""
+
+
+class SlabRecord(msgspec.Struct, frozen=True):
+    """Where a rank's host slab lies in its own address space, for NIXL reads.
+
+    The slab is a table of `slots` headers of `header_bytes` each at `headers`, and
+    `slots` blocks of `slot_bytes` each at `base`.
+    """
+
+    base: Address
+    headers: Address
+    slots: int
+    slot_bytes: int
+    header_bytes: int
+    parts: tuple[int, ...] = ()
+    """Lengths in bytes of the pieces a block consists of, in order; they fill the slot."""
+
+
+class RankRecord(Message):
+    """A worker: its NIXL agent and its slab."""
+
+    node: Token
+    rank: Annotated[int, msgspec.Meta(ge=0, lt=4096)]
+    world_size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    agent: Annotated[str, msgspec.Meta(max_length=256)]
+    agent_metadata: Annotated[bytes, msgspec.Meta(max_length=1 << 18)]
+    slab: SlabRecord
+    device_blocks: int = 0
+    """Blocks in the engine's own device pool on this rank."""
+
+
+DirectoryRecord = NodeRecord | RankRecord

@@ -1,0 +1,87 @@
+"""The engine's step channel: commands down to every rank, results up from each.
+
+These ride the engine's own connector metadata, so a step's copies are ordered with its
+forward pass. Lists are columns: one entry per block, packed like on the wire.
+"""
+
+from __future__ import annotations
+
+from kvbm_schemas.message import BlockHashes, FillStamps, Message, SlotIndices
+from kvbm_schemas.records import RankRecord
+
+
+class Save(Message):
+    """Copy device blocks into host slots, and stamp each slot's header (G1 → G2)."""
+
+    op: int
+    """Also the fill stamp that the headers of these slots get."""
+    hashes: BlockHashes
+    blocks: SlotIndices
+    """Device block numbers."""
+    slots: SlotIndices
+
+
+class LocalRead(Message):
+    """Copy own host slots into device blocks (G2 → G1)."""
+
+    hashes: BlockHashes
+    fills: FillStamps
+    slots: SlotIndices
+    blocks: SlotIndices
+
+
+class RemoteRead(Message):
+    """NIXL-READ another node's host slots straight into device blocks (remote G2 → G1)."""
+
+    node: str
+    agents: tuple[str, ...]
+    """The owner's agents in rank order: each rank reads from the one of its own rank."""
+    seconds: float
+    """Time left to finish, counted from when the command is received."""
+    hashes: BlockHashes
+    fills: FillStamps
+    slots: SlotIndices
+    blocks: SlotIndices
+
+
+class Load(Message):
+    """Fill device blocks of one request, from any number of places."""
+
+    op: int
+    request: str
+    local: LocalRead | None = None
+    remote: tuple[RemoteRead, ...] = ()
+
+
+class StepCommands(Message):
+    """What the leader wants done around one forward pass."""
+
+    saves: tuple[Save, ...] = ()
+    loads: tuple[Load, ...] = ()
+    peers: tuple[RankRecord, ...] = ()
+    """Ranks of other nodes that this step's loads are the first to read from."""
+
+
+class LoadResult(Message):
+    """One rank has come to the end of a load; `failed_blocks` hold no valid bytes."""
+
+    op: int
+    request: str
+    failed_blocks: SlotIndices = b""
+    local_blocks: int = 0
+    """Blocks read from the own host tier, whole."""
+    remote_blocks: int = 0
+    """Blocks read from other nodes, whole."""
+    remote_bytes: int = 0
+    reason: str = ""
+
+
+class StepResults(Message):
+    """What one rank has finished since its last report."""
+
+    rank: int
+    saved: tuple[int, ...] = ()
+    """Save ops whose bytes are all in place."""
+    save_failed: tuple[int, ...] = ()
+    """Save ops of which at least one block failed: none of them counts."""
+    loads: tuple[LoadResult, ...] = ()

@@ -1,0 +1,67 @@
+"""NATS subjects, built and parsed in this one place.
+
+    kvbm.<namespace>.<fingerprint>.<node>.<what>
+
+| what       | who publishes     | who listens          | payload                            |
+|------------|-------------------|----------------------|------------------------------------|
+| `events`   | the node's leader | registries, tap      | `Stored` `Removed` `Cleared` `Beat`|
+| `lease`    | other leaders     | the node's leader    | `Acquire` → `Leased` or `Refused`  |
+| `release`  | other leaders     | the node's leader    | `Release`                          |
+| `snapshot` | registries        | the node's leader    | `Resync` → `SnapshotChunk` …       |
+| `lookup`   | leaders           | registries (queue)   | `Lookup` → `Located`               |
+| `locate`   | `kvbm locate`     | registries (queue)   | `Locate` → `Placements`            |
+
+The last two are asked of the node called `registry`, a name no node may have.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+ROOT = "kvbm"
+REGISTRY_NODE = "registry"
+EVERYTHING = f"{ROOT}.>"
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class Subject(NamedTuple):
+    """One parsed subject."""
+
+    namespace: str
+    fingerprint: str
+    node: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{ROOT}.{self.namespace}.{self.fingerprint}.{self.node}.{self.what}"
+
+
+class Scope(NamedTuple):
+    """Who can share blocks: an operator's name, and one layout of bytes."""
+
+    namespace: str
+    fingerprint: str
+
+    def of(self, node: str, what: str) -> str:
+        """The subject of `what` at `node`."""
+        return str(Subject(self.namespace, self.fingerprint, node, what))
+
+
+def is_token(name: str) -> bool:
+    """Whether `name` can be one token of a subject."""
+    return _TOKEN.fullmatch(name) is not None
+
+
+def every(what: str, node: str = "*") -> str:
+    """The pattern that hears `what` in all scopes."""
+    return f"{ROOT}.*.*.{node}.{what}"
+
+
+def parse(subject: str) -> Subject | None:
+    """Take a subject apart; None if it is not one of ours."""
+    parts = subject.split(".")
+    if len(parts) != 5 or parts[0] != ROOT or not all(map(is_token, parts[1:])):
+        return None
+    return Subject(*parts[1:])
