@@ -10,7 +10,7 @@ from kvbm_schemas.block import HASH_BYTES, Tier
 from kvbm_schemas.message import BlockHashes, Epoch, Message, Seq, check_packed
 
 
-class Stored(Message):
+class Stored(Message, frozen=True):
     """These blocks are now readable in `tier`: every rank has confirmed their bytes."""
 
     epoch: Epoch
@@ -22,7 +22,7 @@ class Stored(Message):
         check_packed(self.hashes, HASH_BYTES, "hashes")
 
 
-class Removed(Message):
+class Removed(Message, frozen=True):
     """These blocks are no longer in `tier`."""
 
     epoch: Epoch
@@ -34,14 +34,14 @@ class Removed(Message):
         check_packed(self.hashes, HASH_BYTES, "hashes")
 
 
-class Cleared(Message):
+class Cleared(Message, frozen=True):
     """No block of this node is left in any tier."""
 
     epoch: Epoch
     seq: Seq
 
 
-class Beat(Message):
+class Beat(Message, frozen=True):
     """`seq` was the last event so far: lets a listener notice that it missed the end."""
 
     epoch: Epoch

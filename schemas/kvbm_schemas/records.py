@@ -22,7 +22,7 @@ class TierStatus(msgspec.Struct, frozen=True):
     pinned: int
 
 
-class NodeRecord(Message):
+class NodeRecord(Message, frozen=True):
     """A leader: its life (`epoch`), how many ranks it has, and its tiers."""
 
     node: Token
@@ -52,7 +52,7 @@ class SlabRecord(msgspec.Struct, frozen=True):
     """Lengths in bytes of the pieces a block consists of, in order; they fill the slot."""
 
 
-class RankRecord(Message):
+class RankRecord(Message, frozen=True):
     """A worker: its NIXL agent and its slab."""
 
     node: Token

@@ -25,7 +25,7 @@ LeaseToken = Annotated[str, msgspec.Meta(min_length=16, max_length=64)]
 """Unguessable: whoever holds it may release the lease."""
 
 
-class Lookup(Message):
+class Lookup(Message, frozen=True):
     """Ask the registry who, other than `asker`, holds the longest prefix of this chain."""
 
     hashes: BlockHashes
@@ -44,13 +44,13 @@ class Segment(msgspec.Struct, frozen=True):
     count: Count
 
 
-class Located(Message):
+class Located(Message, frozen=True):
     """The chain's longest known prefix, as consecutive segments. Empty: nobody has its head."""
 
     segments: Annotated[tuple[Segment, ...], msgspec.Meta(max_length=1024)] = ()
 
 
-class Locate(Message):
+class Locate(Message, frozen=True):
     """Ask the registry for every holder of every one of these blocks."""
 
     hashes: BlockHashes
@@ -66,13 +66,13 @@ class Holder(msgspec.Struct, frozen=True):
     tier: Tier
 
 
-class Placements(Message):
+class Placements(Message, frozen=True):
     """The holders of each block asked for, in the order asked."""
 
     holders: Annotated[tuple[tuple[Holder, ...], ...], msgspec.Meta(max_length=MAX_BATCH_BLOCKS)]
 
 
-class Acquire(Message):
+class Acquire(Message, frozen=True):
     """Ask the owner's leader to pin this chain's blocks in its host tier, for our ranks to read."""
 
     hashes: BlockHashes
@@ -81,7 +81,7 @@ class Acquire(Message):
         check_packed(self.hashes, HASH_BYTES, "hashes")
 
 
-class Leased(Message):
+class Leased(Message, frozen=True):
     """The first `len(slots)` blocks asked for are pinned, for `seconds` from when this was sent.
 
     `fills` are the slots' fill stamps: a reader believes what it read only if the slot's
@@ -103,23 +103,23 @@ class Leased(Message):
             raise ValueError("`slots` and `fills` differ in length")
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The request was understood, and the answer is no."""
 
     reason: Annotated[str, msgspec.Meta(max_length=256)]
 
 
-class Release(Message):
+class Release(Message, frozen=True):
     """The reader is done with this lease."""
 
     lease: LeaseToken
 
 
-class Resync(Message):
+class Resync(Message, frozen=True):
     """Ask a leader for a snapshot of its blocks."""
 
 
-class SnapshotChunk(Message):
+class SnapshotChunk(Message, frozen=True):
     """Part `index` of `total` of what the node held right after event (epoch, seq)."""
 
     epoch: Epoch

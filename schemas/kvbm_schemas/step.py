@@ -10,7 +10,7 @@ from kvbm_schemas.message import BlockHashes, FillStamps, Message, SlotIndices
 from kvbm_schemas.records import RankRecord
 
 
-class Save(Message):
+class Save(Message, frozen=True):
     """Copy device blocks into host slots, and stamp each slot's header (G1 → G2)."""
 
     op: int
@@ -21,7 +21,7 @@ class Save(Message):
     slots: SlotIndices
 
 
-class LocalRead(Message):
+class LocalRead(Message, frozen=True):
     """Copy own host slots into device blocks (G2 → G1)."""
 
     hashes: BlockHashes
@@ -30,7 +30,7 @@ class LocalRead(Message):
     blocks: SlotIndices
 
 
-class RemoteRead(Message):
+class RemoteRead(Message, frozen=True):
     """NIXL-READ another node's host slots straight into device blocks (remote G2 → G1)."""
 
     node: str
@@ -44,7 +44,7 @@ class RemoteRead(Message):
     blocks: SlotIndices
 
 
-class Load(Message):
+class Load(Message, frozen=True):
     """Fill device blocks of one request, from any number of places."""
 
     op: int
@@ -53,16 +53,18 @@ class Load(Message):
     remote: tuple[RemoteRead, ...] = ()
 
 
-class StepCommands(Message):
+class StepCommands(Message, frozen=True):
     """What the leader wants done around one forward pass."""
 
     saves: tuple[Save, ...] = ()
     loads: tuple[Load, ...] = ()
     peers: tuple[RankRecord, ...] = ()
-    """Ranks of other nodes that this step's loads are the first to read from."""
+    """Ranks of other nodes that appeared: loads may read from them from now on."""
+    gone: tuple[str, ...] = ()
+    """Agents of ranks that disappeared. To be forgotten before `peers` are met."""
 
 
-class LoadResult(Message):
+class LoadResult(Message, frozen=True):
     """One rank has come to the end of a load; `failed_blocks` hold no valid bytes."""
 
     op: int
@@ -76,7 +78,7 @@ class LoadResult(Message):
     reason: str = ""
 
 
-class StepResults(Message):
+class StepResults(Message, frozen=True):
     """What one rank has finished since its last report."""
 
     rank: int
