@@ -19,6 +19,7 @@ import os
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 from urllib.parse import SplitResult, urlsplit
 
@@ -47,6 +48,8 @@ class Kind(NamedTuple):
 
     allowed: str
     parse: Callable[[object], Any]
+    show: Callable[[Any], str | float | bool] = lambda value: value
+    """The parsed value as it may be printed: in the unit it was given in, secrets masked."""
 
 
 class Setting(NamedTuple):
@@ -77,7 +80,16 @@ def number(least: float, most: float, unit: str, scale: float = 1.0) -> Kind:
             raise ValueError
         return found * scale
 
-    return Kind(f"a number of {unit} from {least:g} to {most:g}", parse)
+    return Kind(
+        f"a number of {unit} from {_plain(least)} to {_plain(most)}",
+        parse,
+        lambda value: _plain(round(value / scale, 9)),
+    )
+
+
+def _plain(value: float) -> float:
+    """The same number, without a fraction that says nothing."""
+    return int(value) if value == int(value) else value
 
 
 def whole(least: int, most: int, unit: str) -> Kind:
@@ -108,7 +120,7 @@ BOOLEAN = Kind("1, true, yes or on; 0, false, no or off", _parse_boolean)
 
 def one_of(values: type[enum.StrEnum]) -> Kind:
     """One of the words of an enumeration, in any case."""
-    return Kind(" or ".join(values), lambda value: values(str(value).strip().lower()))
+    return Kind(" or ".join(values), lambda value: values(str(value).strip().lower()), str)
 
 
 def _parse_token(value: object) -> str:
@@ -154,18 +166,34 @@ def _parse_urls(value: object) -> str:
     return ",".join(_url_parts(url).geturl() for url in urls)
 
 
-URLS = Kind("nats://host:port (or tls://, ws://, wss://), several joined by commas", _parse_urls)
+def mask_urls(urls: str) -> str:
+    """The same URLs with passwords and tokens hidden."""
+    return ",".join(_mask_url(url) for url in urls.split(","))
+
+
+def _mask_url(url: str) -> str:
+    login, at, server = url.rpartition("@")
+    scheme, separator, user = login.rpartition("://")
+    name, colon, _ = user.partition(":")
+    # A user without a password is a NATS token, which is a secret as well.
+    return f"{scheme}{separator}{name + colon if colon else ''}{_MASK}@{server}" if at else url
+
+
+URLS = Kind(
+    "nats://host:port (or tls://, ws://, wss://), several joined by commas", _parse_urls, mask_urls
+)
 
 
 def _parse_file(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
-    path = os.path.expanduser(value)
-    if path and not os.access(path, os.R_OK):
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:  # "~name", and nobody is called so
+        raise ValueError from None
+    if value and not (path.is_file() and os.access(path, os.R_OK)):
         raise ValueError
-    if path and not os.path.isfile(path):
-        raise ValueError
-    return path
+    return str(path) if value else ""
 
 
 CREDENTIALS = Kind("the path of a .creds file that can be read", _parse_file)
@@ -286,8 +314,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.nats_url.split(",")
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={shown_value(name, getattr(self, name))!r}" for name in TABLE)
-        return f"Settings({shown})"
+        shown = (
+            f"{field}={(setting.field_kind or setting.kind).show(getattr(self, field))!r}"
+            for field, setting in TABLE.items()
+        )
+        return f"Settings({', '.join(shown)})"
 
 
 def _read_table() -> dict[str, Setting]:
@@ -436,29 +467,11 @@ def nearest(name: str) -> str:
     return difflib.get_close_matches(name, same_case, n=1, cutoff=0.0)[0]
 
 
-def mask_urls(urls: str) -> str:
-    """The same URLs with passwords and tokens hidden."""
-    return ",".join(_mask_url(url) for url in urls.split(","))
-
-
-def _mask_url(url: str) -> str:
-    login, at, server = url.rpartition("@")
-    scheme, separator, user = login.rpartition("://")
-    name, colon, _ = user.partition(":")
-    # A user without a password is a NATS token, which is a secret as well.
-    return f"{scheme}{separator}{name + colon if colon else ''}{_MASK}@{server}" if at else url
-
-
 def _masked(value: object) -> object:
     """A refused value as it may be shown: not knowing its parts, hide all that may be a login."""
     if not isinstance(value, str) or "@" not in value:
         return value
     return f"{_MASK}@{value.rpartition('@')[2]}"
-
-
-def shown_value(field: str, value: object) -> object:
-    """A setting's value as it may be shown: secrets masked."""
-    return mask_urls(str(value)) if TABLE[field].kind is URLS else value
 
 
 @functools.lru_cache(maxsize=256)
