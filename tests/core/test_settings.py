@@ -1,0 +1,299 @@
+"""Settings: what is honoured, what is refused and in which words, what is never shown."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+from kvbm_schemas.codec import Wire
+from kvbm_service import settings as module
+from kvbm_service.errors import SettingError
+from kvbm_service.settings import (
+    MAX_SLOTS,
+    NOT_USED_YET,
+    TABLE,
+    Layer,
+    Settings,
+    Source,
+    host_slots,
+    mask_urls,
+    resolve,
+)
+
+GUIDES_NAMES = {
+    "DYN_KVBM_CPU_CACHE_GB": "cpu_cache_gb",
+    "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": "cpu_cache_override_num_blocks",
+    "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS": "leader_worker_init_timeout_seconds",
+}
+
+GUIDES_UNUSED = (
+    "DYN_KVBM_DISK_CACHE_GB",
+    "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS",
+    "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER",
+    "DYN_KVBM_METRICS",
+    "DYN_KVBM_METRICS_PORT",
+    "DYN_KVBM_DISK_ZEROFILL_FALLBACK",
+    "DYN_KVBM_NIXL_BACKEND_GDS_MT",
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet() -> None:
+    module._warn_once.cache_clear()
+
+
+def test_with_nothing_set_every_setting_has_its_documented_default() -> None:
+    settings = Settings.load({})
+    assert settings == Settings()
+    assert settings.nats_url == "nats://127.0.0.1:4222"
+    assert settings.namespace == "default"
+    assert settings.node_name == ""
+    assert settings.lookup_deadline_seconds == 0.02
+    assert settings.leader_worker_init_timeout_seconds == 1800
+    assert settings.wire is Wire.MSGPACK
+    assert settings.verify is False
+
+
+def test_the_guides_names_are_honoured_exactly() -> None:
+    for variable, field in GUIDES_NAMES.items():
+        assert TABLE[field].variable == variable
+    settings = Settings.load(
+        {
+            "DYN_KVBM_CPU_CACHE_GB": "0.5",
+            "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": "7",
+            "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS": "3600",
+        }
+    )
+    assert settings.cpu_cache_gb == 0.5
+    assert settings.cpu_cache_override_num_blocks == 7
+    assert settings.leader_worker_init_timeout_seconds == 3600
+
+
+def test_the_connector_config_wins_over_the_environment() -> None:
+    settings = Settings.load({"KVBM_NAMESPACE": "env", "KVBM_WIRE": "json"}, {"namespace": "extra"})
+    assert settings.namespace == "extra"
+    assert settings.wire is Wire.JSON
+
+
+def test_the_connector_config_takes_environment_names_and_field_names() -> None:
+    settings = Settings.load({}, {"DYN_KVBM_CPU_CACHE_GB": 4, "verify": True, "KVBM_WIRE": "JSON"})
+    assert (settings.cpu_cache_gb, settings.verify, settings.wire) == (4, True, Wire.JSON)
+
+
+def test_the_environment_does_not_take_field_names() -> None:
+    assert Settings.load({"namespace": "other"}).namespace == "default"
+
+
+def test_the_lookup_deadline_is_milliseconds_in_its_variable_and_seconds_in_its_field() -> None:
+    assert Settings.load({"KVBM_LOOKUP_DEADLINE_MS": "50"}).lookup_deadline_seconds == 0.05
+    extra = {"KVBM_LOOKUP_DEADLINE_MS": 50}
+    assert Settings.load({}, extra).lookup_deadline_seconds == 0.05
+    assert Settings.load({}, {"lookup_deadline_seconds": 0.05}).lookup_deadline_seconds == 0.05
+    assert TABLE["lookup_deadline_seconds"].kind.show(0.05) == 50
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    empty = {setting.variable: "" for setting in TABLE.values()}
+    assert Settings.load(empty) == Settings()
+
+
+def test_the_source_of_every_value_is_known() -> None:
+    layers = [
+        Layer(Source.ENVIRONMENT, {"KVBM_WIRE": "json", "KVBM_NAMESPACE": "a"}),
+        Layer(Source.CONNECTOR, {"namespace": "b"}),
+    ]
+    sources = resolve(layers).sources
+    assert sources["wire"] is Source.ENVIRONMENT
+    assert sources["namespace"] is Source.CONNECTOR
+    assert sources["verify"] is Source.DEFAULT
+
+
+@pytest.mark.parametrize("word", ["1", "true", "True", "YES", "on", " on "])
+def test_a_boolean_is_true_in_these_words(word: str) -> None:
+    assert Settings.load({"KVBM_VERIFY": word}).verify is True
+
+
+@pytest.mark.parametrize("word", ["0", "false", "FALSE", "No", "off"])
+def test_a_boolean_is_false_in_these_words(word: str) -> None:
+    assert Settings.load({"KVBM_VERIFY": word}).verify is False
+
+
+BAD = [
+    ("DYN_KVBM_CPU_CACHE_GB", "four", "a number of GB from 0 to 1000000"),
+    ("DYN_KVBM_CPU_CACHE_GB", "-1", "a number of GB"),
+    ("DYN_KVBM_CPU_CACHE_GB", "nan", "a number of GB"),
+    ("DYN_KVBM_CPU_CACHE_GB", "inf", "a number of GB"),
+    ("DYN_KVBM_CPU_CACHE_GB", "1e400", "a number of GB"),
+    ("DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS", "1.5", "a whole number of blocks from 0 to"),
+    ("DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS", "-1", "a whole number of blocks"),
+    ("DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS", str(MAX_SLOTS + 1), "a whole number of blocks"),
+    ("DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS", "0", "a number of seconds from 0.1 to 86400"),
+    ("KVBM_NATS_URL", "http://host:4222", "nats://host:port"),
+    ("KVBM_NATS_URL", "nats://", "nats://host:port"),
+    ("KVBM_NATS_URL", "nats://host:0", "nats://host:port"),
+    ("KVBM_NATS_URL", "nats://host:99999", "nats://host:port"),
+    ("KVBM_NATS_URL", "nats://host:port", "nats://host:port"),
+    ("KVBM_NATS_URL", "nats://a:1 b:2", "nats://host:port"),
+    ("KVBM_NATS_URL", ",", "nats://host:port"),
+    ("KVBM_NATS_CREDENTIALS", "/no/such/file.creds", "a .creds file that can be read"),
+    ("KVBM_NATS_CREDENTIALS", "/", "a .creds file that can be read"),
+    ("KVBM_NATS_CREDENTIALS", "~nobody-is-called-so/x", "a .creds file that can be read"),
+    ("KVBM_NAMESPACE", "a.b", "1 to 64 letters, digits, - or _"),
+    ("KVBM_NAMESPACE", "a b", "1 to 64 letters"),
+    ("KVBM_NAMESPACE", "*", "1 to 64 letters"),
+    ("KVBM_NAMESPACE", "x" * 65, "1 to 64 letters"),
+    ("KVBM_NODE_NAME", "registry", "not 'registry', which is reserved"),
+    ("KVBM_NODE_NAME", "node.1", "1 to 64 letters"),
+    ("KVBM_LOOKUP_DEADLINE_MS", "10001", "a number of milliseconds from 0 to 10000"),
+    ("KVBM_LOOKUP_DEADLINE_MS", "-1", "a number of milliseconds"),
+    ("KVBM_LOOKUP_DEADLINE_MS", "20ms", "a number of milliseconds"),
+    ("KVBM_WIRE", "protobuf", "msgpack or json"),
+    ("KVBM_LEASE_SECONDS", "0", "a number of seconds"),
+    ("KVBM_MEMBERSHIP_SECONDS", "0", "a number of seconds"),
+    ("KVBM_VERIFY", "maybe", "1, true, yes or on; 0, false, no or off"),
+    ("KVBM_VERIFY", "2", "1, true, yes or on"),
+    ("KVBM_TRANSFER_TIMEOUT_SECONDS", "never", "a number of seconds from 0.01 to 3600"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "allowed"), BAD)
+def test_a_bad_value_is_refused_with_its_name_and_what_is_allowed(
+    variable: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(SettingError) as refused:
+        Settings.load({variable: value})
+    assert refused.value.name == variable
+    assert variable in str(refused.value)
+    assert repr(value) in str(refused.value)
+    assert allowed in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_setting_has_a_bad_value_in_these_tests() -> None:
+    assert {variable for variable, _, _ in BAD} == {one.variable for one in TABLE.values()}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cpu_cache_gb", True),
+        ("cpu_cache_gb", [1]),
+        ("cpu_cache_override_num_blocks", 1.5),
+        ("cpu_cache_override_num_blocks", 10**400),
+        ("namespace", 5),
+        ("nats_url", ["nats://a"]),
+        ("nats_credentials", 1),
+        ("verify", 2),
+        ("verify", []),
+        ("wire", {}),
+        ("lookup_deadline_seconds", 20),
+    ],
+)
+def test_the_connector_config_is_checked_by_type_too(field: str, value: object) -> None:
+    with pytest.raises(SettingError, match=field):
+        Settings.load({}, {field: value})
+
+
+def test_an_unknown_key_of_the_connector_config_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(SettingError, match=r"cpu_cache_bg.*cpu_cache_gb"):
+        Settings.load({}, {"cpu_cache_bg": 4})
+
+
+def test_a_setting_given_under_both_of_its_names_is_refused() -> None:
+    with pytest.raises(SettingError, match="says it already"):
+        Settings.load({}, {"KVBM_WIRE": "json", "wire": "msgpack"})
+
+
+def test_a_mistyped_variable_is_warned_about_once_with_the_nearest_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    environ = {"DYN_KVBM_CPU_CACHE_BG": "4", "KVBM_NATS_URI": "x", "PATH": "/bin", "KVBMX": ""}
+    with caplog.at_level(logging.WARNING):
+        Settings.load(environ)
+        Settings.load(environ)
+    lines = caplog.messages
+    assert len(lines) == 2
+    assert any(re.search("CPU_CACHE_BG .*DYN_KVBM_CPU_CACHE_GB", line) for line in lines)
+    assert any(re.search("NATS_URI .*KVBM_NATS_URL", line) for line in lines)
+
+
+def test_the_guides_other_names_are_said_to_be_unused_and_are_no_typos(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        Settings.load(dict.fromkeys(GUIDES_UNUSED, "1"), {"DYN_KVBM_MAX_CONCURRENT_TRANSFERS": 4})
+    assert sorted(line.split()[0] for line in caplog.messages) == sorted(
+        [*GUIDES_UNUSED, "DYN_KVBM_MAX_CONCURRENT_TRANSFERS"]
+    )
+    assert all("not used yet in this version" in line for line in caplog.messages)
+
+
+def test_no_name_is_both_a_setting_and_unused() -> None:
+    assert not set(NOT_USED_YET) & {setting.variable for setting in TABLE.values()}
+
+
+def test_a_server_without_scheme_gets_one_and_several_are_a_list() -> None:
+    settings = Settings.load({"KVBM_NATS_URL": "one:4222, tls://two:4223 ,nats://[::1]:4222"})
+    assert settings.nats_servers == ["nats://one:4222", "tls://two:4223", "nats://[::1]:4222"]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("nats://user:secret@host:4222", "nats://user:****@host:4222"),
+        ("nats://secret@host", "nats://****@host"),
+        ("user:secret@host", "user:****@host"),
+        ("nats://a:1,nats://u:secret@b:2", "nats://a:1,nats://u:****@b:2"),
+        ("nats://user:se@cret@host", "nats://user:****@host"),
+        ("nats://host:4222", "nats://host:4222"),
+    ],
+)
+def test_passwords_and_tokens_are_masked(url: str, shown: str) -> None:
+    assert mask_urls(url) == shown
+
+
+def test_a_password_shows_neither_in_the_struct_nor_in_an_error() -> None:
+    settings = Settings.load({"KVBM_NATS_URL": "nats://user:secret@host:4222"})
+    assert settings.nats_url == "nats://user:secret@host:4222"
+    assert "secret" not in repr(settings)
+    for bad in ("nats://u:secret@h:99999", "u:sec,secret@h:0", "http://secret@h"):
+        with pytest.raises(SettingError) as refused:
+            Settings.load({"KVBM_NATS_URL": bad})
+        assert "secret" not in str(refused.value)
+
+
+def test_a_credentials_file_is_accepted_when_it_can_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "node.creds"
+    file.write_text("x")
+    assert Settings.load({"KVBM_NATS_CREDENTIALS": str(file)}).nats_credentials == str(file)
+
+
+def test_the_host_tier_is_decimal_gigabytes_over_all_ranks() -> None:
+    assert host_slots(Settings(cpu_cache_gb=4), 1_000_000) == 4000
+    assert host_slots(Settings(cpu_cache_gb=0.0015), 1_000_000) == 1
+    assert host_slots(Settings(cpu_cache_gb=0.1), 100_000_000) == 1
+
+
+def test_a_number_of_blocks_wins_over_gigabytes() -> None:
+    assert host_slots(Settings(cpu_cache_gb=4, cpu_cache_override_num_blocks=7), 1_000_000) == 7
+
+
+def test_a_host_tier_of_no_size_is_refused_and_both_variables_are_named() -> None:
+    with pytest.raises(SettingError) as refused:
+        host_slots(Settings(), 1_000_000)
+    assert "DYN_KVBM_CPU_CACHE_GB" in str(refused.value)
+    assert "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS" in str(refused.value)
+
+
+def test_a_host_tier_smaller_than_a_block_is_refused_with_the_size_of_a_block() -> None:
+    with pytest.raises(SettingError, match="2000000 bytes") as refused:
+        host_slots(Settings(cpu_cache_gb=0.001), 2_000_000)
+    assert "at least 0.002," in str(refused.value)
+
+
+def test_more_blocks_than_a_slot_number_can_count_are_refused() -> None:
+    with pytest.raises(SettingError, match=str(MAX_SLOTS)):
+        host_slots(Settings(cpu_cache_gb=1_000_000), 1)
