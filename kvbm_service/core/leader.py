@@ -212,15 +212,12 @@ class Leader:
             )
         return step.StepCommands(saves=saves, loads=tuple(done.loads), peers=came, gone=gone)
 
-    def report(self, results: step.StepResults) -> None:
+    def report(self, results: step.StepResults, now: float) -> None:
         """A rank has finished some of what it was told."""
         for op in results.saved:
             self._save_reported(op, results.rank, good=True)
         for op in results.save_failed:
             self._save_reported(op, results.rank, good=False)
-
-    def report_loads(self, results: step.StepResults, now: float) -> None:
-        """A rank has come to the end of some loads."""
         for result in results.loads:
             self._load_reported(result, results.rank, now)
 
