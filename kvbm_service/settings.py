@@ -60,6 +60,8 @@ class Setting(NamedTuple):
     meaning: str
     field_kind: Kind | None = None
     """How the value is read under the field's own name, where that is another unit."""
+    option: str = ""
+    """Its name on the command line, where it has one."""
 
 
 def _number(value: object) -> float:
@@ -193,10 +195,10 @@ def _parse_file(value: object) -> str:
         raise ValueError from None
     if value and not (path.is_file() and os.access(path, os.R_OK)):
         raise ValueError
-    return str(path) if value else ""
+    return str(path.absolute()) if value else ""
 
 
-CREDENTIALS = Kind("the path of a .creds file that can be read", _parse_file)
+CREDENTIALS = Kind("the path of a .creds file (or nkey seed) that can be read", _parse_file)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -228,15 +230,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 1800.0
     nats_url: Annotated[
         str,
-        Setting("KVBM_NATS_URL", URLS, "The NATS server, or several joined by commas."),
+        Setting(
+            "KVBM_NATS_URL",
+            URLS,
+            "The NATS server, or several joined by commas.",
+            option="--nats-url",
+        ),
     ] = "nats://127.0.0.1:4222"
     nats_credentials: Annotated[
         str,
-        Setting("KVBM_NATS_CREDENTIALS", CREDENTIALS, "A .creds file to log in to NATS with."),
+        Setting(
+            "KVBM_NATS_CREDENTIALS",
+            CREDENTIALS,
+            "A .creds file to log in to NATS with; user:password go into the URL.",
+            option="--credentials",
+        ),
     ] = ""
     namespace: Annotated[
         str,
-        Setting("KVBM_NAMESPACE", TOKEN, "Nodes share blocks within one namespace only."),
+        Setting(
+            "KVBM_NAMESPACE",
+            TOKEN,
+            "Nodes share blocks within one namespace only.",
+            option="--namespace",
+        ),
     ] = "default"
     node_name: Annotated[
         str,
@@ -330,6 +347,7 @@ TABLE: Mapping[str, Setting] = _read_table()
 """Every setting by the name of its field."""
 
 _FIELDS = {setting.variable: field for field, setting in TABLE.items()}
+_OPTIONS = {setting.option: field for field, setting in TABLE.items() if setting.option}
 
 NOT_USED_YET: Mapping[str, str] = {
     "DYN_KVBM_DISK_CACHE_GB": "size of the disk tier, in GB",
@@ -432,7 +450,7 @@ def resolve(layers: Sequence[Layer]) -> Resolved:
                 if field in given:
                     raise SettingError(key, _masked(value), f"{given[field]} says it already")
                 given[field] = key
-                values[field] = _parsed(field, key, value, layer.source)
+                values[field] = _parsed(field, key, value)
                 sources[field] = layer.source
             elif field is None and is_not_used_yet(key):
                 unused.append(key)
@@ -444,20 +462,21 @@ def resolve(layers: Sequence[Layer]) -> Resolved:
 
 
 def _field_of(key: str, source: Source) -> str | None:
-    """The field that `key` names: environment names anywhere, field names elsewhere only."""
+    """The field that `key` names. Each source has its own names."""
+    if source is Source.COMMAND_LINE:
+        return _OPTIONS.get(key)
     if key in _FIELDS:
         return _FIELDS[key]
-    return key if source is not Source.ENVIRONMENT and key in TABLE else None
+    return key if source is Source.CONNECTOR and key in TABLE else None
 
 
-def _parsed(field: str, key: str, value: object, source: Source) -> object:
+def _parsed(field: str, key: str, value: object) -> object:
     setting = TABLE[field]
-    kind = setting.kind if key == setting.variable else setting.field_kind or setting.kind
+    kind = (key == field and setting.field_kind) or setting.kind
     try:
         return kind.parse(value)
     except (ValueError, TypeError, OverflowError):
-        spelled = f"--{key.replace('_', '-')}" if source is Source.COMMAND_LINE else key
-        raise SettingError(spelled, _masked(value), kind.allowed) from None
+        raise SettingError(key, _masked(value), kind.allowed) from None
 
 
 def nearest(name: str) -> str:

@@ -138,9 +138,17 @@ BAD = [
     ("KVBM_NATS_URL", "nats://host:port", "nats://host:port"),
     ("KVBM_NATS_URL", "nats://a:1 b:2", "nats://host:port"),
     ("KVBM_NATS_URL", ",", "nats://host:port"),
-    ("KVBM_NATS_CREDENTIALS", "/no/such/file.creds", "a .creds file that can be read"),
-    ("KVBM_NATS_CREDENTIALS", "/", "a .creds file that can be read"),
-    ("KVBM_NATS_CREDENTIALS", "~nobody-is-called-so/x", "a .creds file that can be read"),
+    (
+        "KVBM_NATS_CREDENTIALS",
+        "/no/such/file.creds",
+        "a .creds file (or nkey seed) that can be read",
+    ),
+    ("KVBM_NATS_CREDENTIALS", "/", "a .creds file (or nkey seed) that can be read"),
+    (
+        "KVBM_NATS_CREDENTIALS",
+        "~nobody-is-called-so/x",
+        "a .creds file (or nkey seed) that can be read",
+    ),
     ("KVBM_NAMESPACE", "a.b", "1 to 64 letters, digits, - or _"),
     ("KVBM_NAMESPACE", "a b", "1 to 64 letters"),
     ("KVBM_NAMESPACE", "*", "1 to 64 letters"),
@@ -297,3 +305,12 @@ def test_a_host_tier_smaller_than_a_block_is_refused_with_the_size_of_a_block() 
 def test_more_blocks_than_a_slot_number_can_count_are_refused() -> None:
     with pytest.raises(SettingError, match=str(MAX_SLOTS)):
         host_slots(Settings(cpu_cache_gb=1_000_000), 1)
+
+
+def test_a_credentials_file_in_the_present_folder_becomes_a_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "node.creds").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    credentials = Settings.load({"KVBM_NATS_CREDENTIALS": "node.creds"}).nats_credentials
+    assert credentials == str(tmp_path / "node.creds")
