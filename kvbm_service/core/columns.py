@@ -6,7 +6,8 @@ import sys
 from array import array
 from collections.abc import Iterable
 
-assert array("I").itemsize == 4 and array("Q").itemsize == 8
+assert array("I").itemsize == 4
+assert array("Q").itemsize == 8
 
 
 def _bytes(numbers: array[int]) -> bytes:

@@ -15,9 +15,8 @@ from kvbm_schemas import step
 from kvbm_schemas.block import BlockHash, Tier, pack, unpack
 from kvbm_schemas.events import Beat
 from kvbm_schemas.message import MAX_BATCH_BLOCKS
-from kvbm_schemas.records import TierStatus
+from kvbm_schemas.records import RankRecord, TierStatus
 from kvbm_schemas.requests import Leased, Located, Refused, Segment
-
 from kvbm_service.core.columns import pack_u32, pack_u64, unpack_u32, unpack_u64
 from kvbm_service.core.effects import AskOwner, AskRegistry, Effect, GiveBack, Publish
 from kvbm_service.core.journal import Journal
@@ -72,20 +71,18 @@ class _Step:
 class Leader:
     """One node's blocks in its host tier, and the read and write paths through it."""
 
-    def __init__(
-        self, slots: int, world_size: int, agents: tuple[str, ...], limits: Limits
-    ) -> None:
-        self.pool = Pool(slots)
+    def __init__(self, ranks: Sequence[RankRecord], limits: Limits) -> None:
+        self.pool = Pool(min(rank.slab.slots for rank in ranks))
         self.leases = LeaseTable()
         self.journal = Journal()
-        self.peers = Peers()
+        self.peers = Peers(tuple(rank.slab.layout for rank in ranks))
         self.online = False
         """Whether the registry and the owners can be asked."""
         self._limits = limits
-        self._world_size = world_size
-        self._agents = agents
+        self._world_size = len(ranks)
+        self._agents = tuple(rank.agent for rank in ranks)
         self._readers: dict[str, Reader] = {}
-        self._saves = Saves(world_size)
+        self._saves = Saves(len(ranks))
         self._loads: dict[int, LoadUnderWay] = {}
         self._effects: list[Effect] = []
         self._freed_blocks: list[int] = []
@@ -102,7 +99,7 @@ class Leader:
         reader = self._readers[request] = Reader(chain)
         self.pool.touch(chain)
         own_end = self.pool.match(chain)
-        if own_end < len(chain) and self._may_ask():
+        if own_end < len(chain) and self._may_ask(reader, now):
             self._ask_registry(request, reader, own_end, now)
 
     def match(self, request: str, computed: int, now: float) -> int | None:
@@ -113,22 +110,12 @@ class Leader:
         reader = self._readers.get(request)
         if reader is None or reader.stage in (Stage.SPENT, Stage.LOADING):
             return 0
-        if reader.stage is Stage.READY:
-            assert reader.plan is not None
-            if reader.plan.covers(computed, now):
-                return reader.plan.end - computed
-            self._drop_plan(reader)
-        if reader.stage is Stage.LOOKING:
-            if now < reader.deadline:
-                return None
-            self._set_located(reader, ())
-        if reader.stage is Stage.LEASING:
-            assert reader.plan is not None
-            if now < reader.deadline and not all(p.answered for p in reader.plan.parts):
-                return None
-            reader.stage = Stage.READY
-            return self.match(request, computed, now)
-        return self._make_plan(request, reader, computed, now)
+        if reader.patience is None:
+            reader.patience = now + 2 * self._limits.lookup_seconds
+        found = self._advance(request, reader, computed, now)
+        if found is not None:
+            reader.patience = None
+        return found
 
     def load(
         self, request: str, computed: int, device_blocks: Sequence[int], now: float
@@ -147,10 +134,11 @@ class Leader:
             self._drop_plan(reader)
             return
         end = computed + len(device_blocks)
-        assert plan.start <= computed and end <= plan.end, "more than was promised"
+        assert plan.start <= computed, "other than was promised"
+        assert end <= plan.end, "more than was promised"
         op = self._next_op()
-        command, places = _load_command(op, request, reader, computed, device_blocks, now,
-                                        self._limits.transfer_seconds)
+        seconds = self._limits.transfer_seconds
+        command, places = _load_command(op, request, reader, computed, device_blocks, now, seconds)
         self._step.loads.append(command)
         self._loads[op] = LoadUnderWay(request, plan, places, set(range(self._world_size)))
         reader.stage, reader.plan = Stage.LOADING, None
@@ -350,8 +338,33 @@ class Leader:
 
     # -- inside --------------------------------------------------------------------------
 
-    def _may_ask(self) -> bool:
-        return self.online and self._limits.lookup_seconds > 0
+    def _may_ask(self, reader: Reader, now: float) -> bool:
+        patient = reader.patience is None or now < reader.patience
+        return self.online and patient and self._limits.lookup_seconds > 0
+
+    def _answer_by(self, reader: Reader, now: float) -> float:
+        """When a question asked now counts as unanswered."""
+        deadline = now + self._limits.lookup_seconds
+        return deadline if reader.patience is None else min(deadline, reader.patience)
+
+    def _advance(self, request: str, reader: Reader, computed: int, now: float) -> int | None:
+        """Take the read path as far as it goes now: what `match` answers."""
+        if reader.stage is Stage.READY:
+            assert reader.plan is not None
+            if reader.plan.covers(computed, now):
+                return reader.plan.end - computed
+            self._drop_plan(reader)
+        if reader.stage is Stage.LOOKING:
+            if now < reader.deadline:
+                return None
+            self._set_located(reader, ())
+        if reader.stage is Stage.LEASING:
+            assert reader.plan is not None
+            if now < reader.deadline and not all(p.answered for p in reader.plan.parts):
+                return None
+            reader.stage = Stage.READY
+            return self._advance(request, reader, computed, now)
+        return self._make_plan(request, reader, computed, now)
 
     def _next_op(self) -> int:
         self._last_op += 1
@@ -360,7 +373,7 @@ class Leader:
     def _ask_registry(self, request: str, reader: Reader, start: int, now: float) -> None:
         self._last_attempt += 1
         reader.stage, reader.attempt, reader.asked_from = Stage.LOOKING, self._last_attempt, start
-        reader.deadline = now + self._limits.lookup_seconds
+        reader.deadline = self._answer_by(reader, now)
         wanted = reader.chain[start : start + MAX_BATCH_BLOCKS]
         self._effects.append(AskRegistry(request, reader.attempt, pack(wanted)))
 
@@ -370,7 +383,7 @@ class Leader:
     def _make_plan(self, request: str, reader: Reader, computed: int, now: float) -> int | None:
         chain = reader.chain
         own_end = self.pool.match(chain, computed)
-        if own_end < len(chain) and self._may_ask():
+        if own_end < len(chain) and self._may_ask(reader, now):
             unknown = reader.stage is Stage.IDLE or not (
                 reader.asked_from <= own_end <= reader.located_end
             )
@@ -381,7 +394,7 @@ class Leader:
         deadline = now + self._limits.lease_seconds / 2
         reader.plan = plan = Plan(computed, own_end, slots, self.pool.fills(slots), deadline)
         reader.stage = Stage.READY
-        if reader.segments and self._may_ask():
+        if reader.segments and self._may_ask(reader, now):
             self._ask_owners(request, reader, plan, now)
         return None if reader.stage is Stage.LEASING else plan.end - computed
 
@@ -397,7 +410,7 @@ class Leader:
             return
         self._last_attempt += 1
         reader.stage, reader.attempt = Stage.LEASING, self._last_attempt
-        reader.deadline = now + self._limits.lookup_seconds
+        reader.deadline = self._answer_by(reader, now)
         for part in plan.parts:
             wanted = pack(reader.chain[part.start : part.end])
             self._effects.append(AskOwner(request, reader.attempt, part.node, part.start, wanted))

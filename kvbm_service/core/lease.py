@@ -29,7 +29,8 @@ class LeaseTable:
 
     def grant(self, token: str, slots: list[int], deadline: float) -> None:
         """Open a lease on pinned `slots` until `deadline`."""
-        assert token not in self._slots and not self.full
+        assert token not in self._slots
+        assert not self.full
         self._slots[token] = slots
         heapq.heappush(self._deadlines, (deadline, token))
 

@@ -12,7 +12,9 @@ while, and every question to it would cost a request its deadline."""
 class Peers:
     """Leaders and ranks by node, which agents one's own workers know, and whom to leave alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, layouts: tuple[str, ...]) -> None:
+        self._layouts = layouts
+        """How one's own ranks arrange a block's bytes, in rank order."""
         self._leaders: dict[str, NodeRecord] = {}
         self._ranks: dict[str, dict[int, RankRecord]] = {}
         self._shunned: dict[str, float] = {}
@@ -31,9 +33,9 @@ class Peers:
         """A worker is there (again), or (None) gone."""
         ranks = self._ranks.setdefault(node, {})
         before = ranks.pop(rank, None)
-        if before is not None and (record is None or record.agent != before.agent):
-            if self._news.pop(before.agent, None) is None:
-                self._gone.append(before.agent)
+        replaced = before is not None and (record is None or record.agent != before.agent)
+        if before is not None and replaced and self._news.pop(before.agent, None) is None:
+            self._gone.append(before.agent)
         if record is not None:
             ranks[rank] = record
             if before is None or before.agent != record.agent:
@@ -46,7 +48,11 @@ class Peers:
         leader = self._leaders.get(node)
         if leader is None or self._shunned.get(node, now) > now:
             return False
-        return len(self._ranks.get(node, ())) == leader.world_size
+        ranks = self._ranks.get(node, {})
+        return len(ranks) == len(self._layouts) == leader.world_size and all(
+            rank in ranks and ranks[rank].slab.layout == layout
+            for rank, layout in enumerate(self._layouts)
+        )
 
     def knows(self, node: str, agents: tuple[str, ...]) -> bool:
         """Whether these are the present agents of all ranks of `node`."""

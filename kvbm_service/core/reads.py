@@ -103,6 +103,9 @@ class Reader:
     stage: Stage = Stage.IDLE
     attempt: int = 0
     deadline: float = 0.0
+    """Of the question under way."""
+    patience: float | None = None
+    """While the engine is told to ask again: when it will get an answer at the latest."""
     asked_from: int = 0
     segments: tuple[Segment, ...] = ()
     plan: Plan | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kvbm_schemas.records import RankRecord
-
 from kvbm_service.errors import LayoutError, RanksMissing
 
 
@@ -59,16 +58,6 @@ class Roster:
         """All ranks in order."""
         assert self.complete
         return tuple(self._ranks[rank] for rank in range(self.world_size))
-
-    @property
-    def agents(self) -> tuple[str, ...]:
-        """The NIXL agents of all ranks, in order."""
-        return tuple(record.agent for record in self.records)
-
-    @property
-    def slots(self) -> int:
-        """Host slots that every rank has."""
-        return min(record.slab.slots for record in self.records)
 
     @property
     def block_bytes(self) -> int:

@@ -50,6 +50,8 @@ class SlabRecord(msgspec.Struct, frozen=True):
     header_bytes: int
     parts: tuple[int, ...] = ()
     """Lengths in bytes of the pieces a block consists of, in order; they fill the slot."""
+    layout: str = ""
+    """A digest of how the engine arranges a block's bytes; blocks fit only where it is equal."""
 
 
 class RankRecord(Message, frozen=True):

@@ -1,0 +1,1 @@
+"""Translation between an engine's connector interface and the service. One module per engine."""

@@ -1,0 +1,90 @@
+"""Our block events as vLLM's own KV cache events, so that its subscribers see our tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvbm_connectors.vllm_layout import name_of
+from kvbm_schemas.block import BlockHash, unpack
+from kvbm_schemas.events import BlockEvent, Cleared, Removed, Stored
+from kvbm_service.leader_service import LeaderService
+
+if TYPE_CHECKING:
+    from vllm.distributed.kv_events import ExternalBlockHash, KVCacheEvent
+    from vllm.v1.request import Request
+
+MEDIUM = "CPU"
+"""What vLLM calls the host tier."""
+
+MAX_DESCRIBED = 1 << 20
+"""Blocks whose description is remembered; beyond, the oldest are forgotten, and their events
+are not translated."""
+
+
+class _Described(NamedTuple):
+    """What vLLM's event about a block says besides its name."""
+
+    block_hash: ExternalBlockHash
+    parent: ExternalBlockHash | None
+    token_ids: tuple[int, ...]
+    lora_id: int | None
+    lora_name: str | None
+
+
+class EngineEvents:
+    """Translates one leader's events. Costs nothing unless vLLM publishes KV events."""
+
+    def __init__(self, enabled: bool, block_size: int) -> None:
+        self.enabled = enabled
+        self._block_size = block_size
+        self._described: dict[BlockHash, _Described] = {}
+
+    def offered(self, request: Request, first: int, last: int) -> None:
+        """Blocks `first` to `last` of the request may soon be stored: remember what they are."""
+        if not self.enabled:
+            return
+        from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+        lora = request.lora_request
+        for index in range(first, last):
+            name = name_of(request.block_hashes[index])
+            start = index * self._block_size
+            self._described[name] = _Described(
+                block_hash=maybe_convert_block_hash(request.block_hashes[index]),
+                parent=maybe_convert_block_hash(request.block_hashes[index - 1])
+                if index
+                else None,
+                token_ids=tuple(request.all_token_ids[start : start + self._block_size]),
+                lora_id=lora.lora_int_id if lora else None,
+                lora_name=lora.lora_name if lora else None,
+            )
+        while len(self._described) > MAX_DESCRIBED:
+            del self._described[next(iter(self._described))]
+
+    def translate(self, leader: LeaderService) -> list[KVCacheEvent]:
+        """The leader's events since the last call."""
+        return [event for ours in leader.take_engine_events() for event in self._translate(ours)]
+
+    def _translate(self, event: BlockEvent) -> Iterator[KVCacheEvent]:
+        from vllm.distributed.kv_events import BlockRemoved, BlockStored
+
+        if isinstance(event, Stored):
+            for name in unpack(event.hashes):
+                if (block := self._described.get(name)) is not None:
+                    yield BlockStored(
+                        block_hashes=[block.block_hash],
+                        parent_block_hash=block.parent,
+                        token_ids=list(block.token_ids),
+                        block_size=self._block_size,
+                        lora_id=block.lora_id,
+                        medium=MEDIUM,
+                        lora_name=block.lora_name,
+                    )
+            return
+        gone = list(self._described) if isinstance(event, Cleared) else []
+        if isinstance(event, Removed):
+            gone = unpack(event.hashes)
+        known = [block for name in gone if (block := self._described.pop(name, None)) is not None]
+        if known:
+            yield BlockRemoved(block_hashes=[block.block_hash for block in known], medium=MEDIUM)

@@ -1,0 +1,109 @@
+"""What vLLM's configuration says about blocks: their size, their names, who may share them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kvbm_schemas.block import HASH_BYTES, BlockHash
+from kvbm_schemas.subjects import REGISTRY_NODE, Scope
+from kvbm_service.errors import LayoutError, SettingError
+from kvbm_service.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+FINGERPRINT_HEX_DIGITS = 16
+
+
+def block_size(kv_cache_config: KVCacheConfig) -> int:
+    """Tokens per block.
+
+    Raises:
+        LayoutError: the model has several kinds of KV cache, which cannot be cached yet.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise LayoutError(
+            f"the model has {len(groups)} KV cache groups, and this version caches one: "
+            "start vLLM with --disable-hybrid-kv-cache-manager"
+        )
+    return int(groups[0].kv_cache_spec.block_size)
+
+
+def check_names_are_shared(config: VllmConfig) -> None:
+    """Refuse a hash whose results differ from process to process.
+
+    Raises:
+        SettingError: names it, and what is allowed.
+    """
+    algorithm = str(config.cache_config.prefix_caching_hash_algo)
+    if algorithm.startswith("xxhash") and os.environ.get("PYTHONHASHSEED") is None:
+        raise SettingError(
+            "--prefix-caching-hash-algo",
+            algorithm,
+            "with it, every process names the same block differently; use sha256 or sha256_cbor, "
+            "or set PYTHONHASHSEED to the same number for all engines",
+        )
+
+
+def scope(config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> Scope:
+    """Who can share blocks with this engine: a name, and a digest of all that shapes the bytes."""
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    described: dict[str, Any] = {
+        "model": model.model,
+        "revision": model.revision,
+        "architecture": _architecture(model.hf_config),
+        "weights": [str(config.load_config.load_format), model.quantization, model.seed]
+        if str(config.load_config.load_format) == "dummy"
+        else model.quantization,
+        "dtype": str(model.dtype),
+        "cache_dtype": str(cache.cache_dtype),
+        "names": str(cache.prefix_caching_hash_algo),
+        "seed_of_names": os.environ.get("PYTHONHASHSEED"),
+        "block_tokens": spec.block_size,
+        "block_bytes": spec.page_size_bytes,
+        "spec": type(spec).__name__,
+        "layers": len(kv_cache_config.kv_cache_groups[0].layer_names),
+        "parallel": [
+            parallel.tensor_parallel_size,
+            parallel.pipeline_parallel_size,
+            getattr(parallel, "decode_context_parallel_size", 1),
+            getattr(parallel, "prefill_context_parallel_size", 1),
+        ],
+    }
+    digest = hashlib.sha256(msgspec.json.encode(described, order="sorted")).hexdigest()
+    return Scope(settings.namespace, digest[:FINGERPRINT_HEX_DIGITS])
+
+
+def _architecture(hf_config: Any) -> dict[str, str]:
+    """The model's own configuration, without what only tells where it was found."""
+    items = hf_config.to_dict().items()
+    return {key: str(value) for key, value in items if not key.startswith("_")}
+
+
+def node_name(config: VllmConfig, settings: Settings) -> str:
+    """This engine's name among the nodes; the same in all of its processes."""
+    transfer = config.kv_transfer_config
+    assert transfer is not None
+    rank = config.parallel_config.data_parallel_rank
+    several = config.parallel_config.data_parallel_size > 1
+    if settings.node_name:
+        return f"{settings.node_name}-dp{rank}" if several else settings.node_name
+    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:40] or "node"
+    engine = hashlib.sha256(f"{transfer.engine_id}/{rank}".encode()).hexdigest()[:8]
+    name = f"{host}-{engine}"
+    assert name != REGISTRY_NODE
+    return name
+
+
+def name_of(block_hash: bytes) -> BlockHash:
+    """A block's name: the head of vLLM's own chained hash."""
+    return BlockHash(block_hash[:HASH_BYTES])

@@ -1,0 +1,107 @@
+"""The worker's half of the vLLM connector: one rank's KV tensors in, copies and reads done.
+
+vLLM calls it around each forward pass; all work happens on the worker service's own threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvbm_connectors.vllm_channel import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
+from kvbm_schemas.step import StepCommands, StepResults
+from kvbm_schemas.subjects import Scope
+from kvbm_service.network import Connect
+from kvbm_service.settings import Settings
+from kvbm_service.worker_service import WorkerService
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerSide:
+    """One rank. All calls come from the model runner's thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        scope: Scope,
+        node: str,
+        rank: int,
+        world_size: int,
+        device_blocks: int,
+        connect: Connect,
+    ) -> None:
+        self._settings = settings
+        self._scope = scope
+        self._node = node
+        self._rank = rank
+        self._world_size = world_size
+        self._device_blocks = device_blocks
+        self._connect = connect
+        self._worker: WorkerService | None = None
+        self._collected: StepResults | None = None
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """vLLM has allocated its KV tensors: allocate the host tier that goes with them."""
+        assert self._worker is None, "the KV tensors were registered twice"
+        from kvbm_service.host_worker import start_worker
+
+        self._worker = start_worker(
+            self._settings,
+            self._scope,
+            self._node,
+            self._rank,
+            self._world_size,
+            kv_caches,
+            self._device_blocks,
+            self._connect,
+        )
+
+    def handshake(self) -> KvbmHandshake | None:
+        """What the scheduler's side has to know of this rank."""
+        return KvbmHandshake(self._worker.record) if self._worker else None
+
+    def start_loads(self, metadata: KvbmMetadata) -> None:
+        """Begin to fill blocks of waiting requests."""
+        commands = metadata.commands
+        if self._worker and (commands.loads or commands.peers or commands.gone):
+            self._worker.submit(
+                StepCommands(loads=commands.loads, peers=commands.peers, gone=commands.gone)
+            )
+
+    def start_saves(self, metadata: KvbmMetadata) -> None:
+        """The forward pass is under way or done: copy the blocks it fills, after it."""
+        if self._worker and metadata.commands.saves:
+            self._worker.submit(StepCommands(saves=metadata.commands.saves))
+
+    def finished_loads(self) -> set[str]:
+        """The requests whose loads came to their end here since the last call.
+
+        Begins the step's report: `failed_blocks` and `metadata` belong to the same moment.
+        """
+        self._collected = self._worker.collect() if self._worker else None
+        return {load.request for load in self._collected.loads} if self._collected else set()
+
+    def failed_blocks(self) -> set[int]:
+        """Device blocks that hold no valid bytes, of the loads just reported."""
+        if self._collected is None:
+            return set()
+        failed: set[int] = set()
+        for load in self._collected.loads:
+            failed.update(np.frombuffer(load.failed_blocks, dtype="<u4").tolist())
+        return failed
+
+    def metadata(self) -> KvbmWorkerMetadata | None:
+        """The report for the scheduler's side."""
+        return KvbmWorkerMetadata((self._collected,)) if self._collected else None
+
+    def close(self) -> None:
+        """The engine ends."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None

@@ -1,0 +1,580 @@
+"""The leader at work: the pure core, the engine's thread on one side, the bus on the other.
+
+The engine's thread never waits here: each call takes the core's lock for microseconds, and
+what has to be said on the bus is left to a loop on another thread. With no bus, the loop keeps
+trying to connect, and the node goes on with its own tiers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from kvbm_schemas.block import BlockHash, Tier, pack
+from kvbm_schemas.codec import Decoder, Malformed, Wire, encode
+from kvbm_schemas.events import BlockEvent, Cleared, Removed, Stored
+from kvbm_schemas.message import MAX_BATCH_BLOCKS, Message
+from kvbm_schemas.records import NodeRecord, RankRecord
+from kvbm_schemas.requests import (
+    Acquire,
+    LeaseAnswer,
+    Leased,
+    Located,
+    Lookup,
+    Refused,
+    Release,
+    Resync,
+    SnapshotChunk,
+)
+from kvbm_schemas.step import StepCommands, StepResults
+from kvbm_schemas.subjects import REGISTRY_NODE, Scope
+from kvbm_service.adapters.bus import Bus, Delivery
+from kvbm_service.adapters.directory import Change, Membership, OnChange, Watch
+from kvbm_service.core.effects import AskOwner, AskRegistry, Effect, GiveBack, Publish
+from kvbm_service.core.leader import Leader, Limits
+from kvbm_service.core.roster import Roster
+from kvbm_service.errors import BusError, BusUnavailable, DirectoryError, LayoutError, RanksMissing
+from kvbm_service.loop_thread import LoopThread
+from kvbm_service.network import Connect, Network
+from kvbm_service.presence import decode_record, join
+from kvbm_service.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.1
+BEAT_SECONDS = 1.0
+"""How often a leader says how far its events have come, and how full its tiers are."""
+
+MAX_QUESTIONS = 256
+"""Questions to registries and owners under way. Beyond, they count as unanswered."""
+
+SNAPSHOT_CHUNK_BLOCKS = MAX_BATCH_BLOCKS // 2
+MAX_ENGINE_EVENTS = 4096
+"""Block events kept for the engine's own event stream; beyond, the oldest are dropped."""
+
+T = TypeVar("T")
+
+
+class LeaderService:
+    """One node's leader. Call `start`, then the engine side from one thread, then `close`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        scope: Scope,
+        node: str,
+        world_size: int,
+        connect: Connect,
+        engine: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.node = node
+        self.scope = scope
+        self.rejected = 0
+        """Messages that were not what their subject carries."""
+        self._settings = settings
+        self._engine = engine
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._roster = Roster(world_size)
+        self._core: Leader | None = None
+        self._epoch = 0
+        self._instance = secrets.token_hex(8)
+        self._engine_events: list[BlockEvent] = []
+        self._keep_engine_events = False
+        self._bus_side = _BusSide(self, connect)
+        self._loop = LoopThread("kvbm-leader", self._bus_side.run)
+        self._started_at = clock()
+
+    # -- life ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to meet ranks and other nodes."""
+        self._loop.start()
+
+    def close(self) -> None:
+        """Leave the directory and end."""
+        self._loop.stop()
+
+    def attach(self, record: RankRecord) -> None:
+        """A rank has reported. With the last one, the node begins to work.
+
+        Raises:
+            LayoutError: the rank belongs to an engine of another size.
+        """
+        with self._lock:
+            self._roster.report(record)
+            if self._core is None and self._roster.complete:
+                self._core = self._make_core()
+        self._loop.call(self._bus_side.wake)
+
+    def require_ranks(self) -> None:
+        """Check that all ranks reported in time.
+
+        Raises:
+            RanksMissing: some did not, and the time is up.
+        """
+        waited = self._clock() - self._started_at
+        if waited >= self._settings.leader_worker_init_timeout_seconds:
+            self._roster.require_all(waited)
+
+    def _make_core(self) -> Leader:
+        records = self._roster.records
+        device_blocks = min(record.device_blocks for record in records)
+        limits = Limits(
+            lookup_seconds=self._settings.lookup_deadline_seconds,
+            lease_seconds=self._settings.lease_seconds,
+            transfer_seconds=self._settings.transfer_timeout_seconds,
+            held_blocks=max(1, device_blocks // 2),
+        )
+        core = Leader(records, limits)
+        _log.info(
+            "node %s: %d blocks of %d bytes in the host tier, %d rank(s), scope %s.%s",
+            self.node, core.pool.capacity, self._roster.block_bytes, len(records), *self.scope,
+        )  # fmt: skip
+        return core
+
+    # -- engine side -------------------------------------------------------------------------
+
+    def arrive(self, request: str, chain: list[BlockHash]) -> None:
+        """A request is there; start looking for its blocks."""
+        self._with_core(lambda core: core.arrive(request, chain, self._clock()), None)
+
+    def match(self, request: str, computed: int) -> int | None:
+        """How many blocks after the first `computed` can be loaded; None: ask again soon."""
+        nothing: int | None = 0
+        return self._with_core(lambda core: core.match(request, computed, self._clock()), nothing)
+
+    def load(self, request: str, computed: int, device_blocks: Sequence[int]) -> None:
+        """Load what `match` promised into `device_blocks`; none: it is not wanted."""
+        self._with_core(
+            lambda core: core.load(request, computed, device_blocks, self._clock()), None
+        )
+
+    def hits(self, request: str) -> tuple[int, int]:
+        """Blocks of the request's last load: from this node's tiers, from other nodes."""
+        return self._with_core(lambda core: core.hits(request), (0, 0))
+
+    def store(
+        self, chain: Sequence[BlockHash], device_blocks: Sequence[int]
+    ) -> tuple[int, list[int]]:
+        """Save blocks that the coming step computes; see `Leader.store`."""
+        nothing: tuple[int, list[int]] = (len(chain), [])
+        return self._with_core(lambda core: core.store(chain, device_blocks), nothing)
+
+    def finish(self, request: str) -> None:
+        """The request is over."""
+        self._with_core(lambda core: core.finish(request), None)
+
+    def take_commands(self) -> StepCommands:
+        """What the ranks have to do around the coming forward pass."""
+        return self._with_core(lambda core: core.take_commands(), StepCommands())
+
+    def report(self, results: Sequence[StepResults]) -> list[int]:
+        """What ranks have finished. Returns the device blocks that may be reused now."""
+
+        def tell(core: Leader) -> list[int]:
+            for result in results:
+                core.report(result, self._clock())
+            return core.take_freed_blocks()
+
+        return self._with_core(tell, [])
+
+    def reset(self) -> None:
+        """Forget every block."""
+        self._with_core(lambda core: core.reset(), None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether ranks still have something to report."""
+        return self._core is not None and self._core.busy
+
+    @property
+    def holds_device_blocks(self) -> bool:
+        """Whether the engine will get device blocks back by itself."""
+        return self._core is not None and self._core.holds_device_blocks
+
+    def take_engine_events(self) -> list[BlockEvent]:
+        """The block events since the last call, for the engine's own event stream."""
+        with self._lock:
+            self._keep_engine_events = True
+            events, self._engine_events = self._engine_events, []
+        return events
+
+    def _with_core(self, ask: Callable[[Leader], T], without: T) -> T:
+        """Ask the core, then have its effects carried out elsewhere."""
+        with self._lock:
+            if self._core is None:
+                return without
+            answer = ask(self._core)
+            if effects := self._core.take_effects():
+                self._keep_for_engine(effects)
+                self._loop.call(lambda: self._bus_side.carry_out(effects))
+        return answer
+
+    def _keep_for_engine(self, effects: list[Effect]) -> None:
+        if not self._keep_engine_events:
+            return
+        events = (effect.event for effect in effects if isinstance(effect, Publish))
+        self._engine_events.extend(
+            event for event in events if isinstance(event, Stored | Removed | Cleared)
+        )
+        del self._engine_events[:-MAX_ENGINE_EVENTS]
+
+    # -- bus side: called on the loop ----------------------------------------------------------
+
+    def on_core(self, tell: Callable[[Leader], T], without: T) -> T:
+        """For the bus side: ask the core if it is there."""
+        return self._with_core(tell, without)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all ranks have reported."""
+        return self._core is not None
+
+    def record(self) -> bytes:
+        """What the directory says about this node."""
+        assert self._core is not None
+        with self._lock:
+            tiers = (self._core.status(),)
+        return encode(
+            NodeRecord(
+                node=self.node,
+                epoch=self._epoch,
+                world_size=self._roster.world_size,
+                block_bytes=self._roster.block_bytes,
+                tiers=tiers,
+                engine=self._engine,
+                instance=self._instance,
+            )
+        )
+
+    def begin(self, epoch: int) -> None:
+        """Take up `epoch`, whose events count from now."""
+        with self._lock:
+            assert self._core is not None
+            if epoch > self._core.journal.epoch:
+                self._core.journal.begin(epoch, empty=len(self._core.pool) == 0)
+            self._epoch = self._core.journal.epoch
+
+    def now(self) -> float:
+        """The clock that the core's times are read from."""
+        return self._clock()
+
+    @property
+    def settings(self) -> Settings:
+        """What the operator chose."""
+        return self._settings
+
+
+class _BusSide:
+    """What the leader does on the bus, all of it on one event loop."""
+
+    def __init__(self, leader: LeaderService, connect: Connect) -> None:
+        self._leader = leader
+        self._connect = connect
+        self._network: Network | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._woken = asyncio.Event()
+        self._outgoing: asyncio.Queue[Publish | GiveBack] = asyncio.Queue(maxsize=8192)
+        self._questions = 0
+        self._warned: set[str] = set()
+
+    async def run(self) -> None:
+        """Connect, meet the ranks, take part; until cancelled."""
+        self._network = await self._connect()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._tasks.create_task(self._send())
+                await self._meet_ranks()
+                await self._serve()
+                await self._watch(self._on_peer, self._key_prefix)
+                self._tasks.create_task(self._tick())
+                self._tasks.create_task(self._take_part())
+        finally:
+            self._tasks = None
+            await self._network.bus.close()
+
+    def wake(self) -> None:
+        """Something about the ranks has changed."""
+        self._woken.set()
+
+    def carry_out(self, effects: list[Effect]) -> None:
+        """Do what the core wants done. What cannot be done now counts as lost."""
+        for effect in effects:
+            if isinstance(effect, Publish | GiveBack):
+                if not self._outgoing.full():
+                    self._outgoing.put_nowait(effect)
+            elif self._tasks is None or self._questions >= MAX_QUESTIONS:
+                self._tell_unanswered(effect)
+            else:
+                self._questions += 1
+                self._tasks.create_task(self._ask(effect))
+
+    # -- outgoing --------------------------------------------------------------------------
+
+    async def _send(self) -> None:
+        while True:
+            effect = await self._outgoing.get()
+            if isinstance(effect, Publish):
+                await self._publish(self._subject("events"), effect.event)
+            else:
+                subject = self._leader.scope.of(effect.node, "release")
+                await self._publish(subject, Release(lease=effect.lease))
+
+    async def _publish(self, subject: str, message: Message) -> None:
+        # Events carry numbers, so whoever listens will notice; and leases end by themselves.
+        with contextlib.suppress(BusUnavailable):
+            await self._bus.publish(subject, self._encode(message))
+
+    async def _ask(self, question: AskRegistry | AskOwner) -> None:
+        try:
+            if isinstance(question, AskRegistry):
+                await self._ask_registry(question)
+            else:
+                await self._ask_owner(question)
+        finally:
+            self._questions -= 1
+
+    async def _ask_registry(self, question: AskRegistry) -> None:
+        message = Lookup(hashes=question.hashes, asker=self._leader.node)
+        subject = self._leader.scope.of(REGISTRY_NODE, "lookup")
+        answer = await self._request(subject, message, _located)
+        self._leader.on_core(
+            lambda core: core.located(
+                question.request, question.attempt, answer, self._leader.now()
+            ),
+            None,
+        )
+
+    async def _ask_owner(self, question: AskOwner) -> None:
+        asked_at = self._leader.now()
+        subject = self._leader.scope.of(question.node, "lease")
+        answer = await self._request(subject, Acquire(hashes=question.hashes), _lease_answers)
+        self._leader.on_core(
+            lambda core: core.answered(
+                question.request,
+                question.attempt,
+                question.node,
+                question.start,
+                answer,
+                asked_at,
+                self._leader.now(),
+            ),
+            None,
+        )
+
+    def _tell_unanswered(self, question: AskRegistry | AskOwner) -> None:
+        now = self._leader.now()
+        if isinstance(question, AskRegistry):
+            self._leader.on_core(
+                lambda core: core.located(question.request, question.attempt, None, now), None
+            )
+        else:
+            refused = Refused(reason="too many questions at once")
+            self._leader.on_core(
+                lambda core: core.answered(
+                    question.request, question.attempt, question.node, question.start,
+                    refused, now, now,
+                ),
+                None,
+            )  # fmt: skip
+
+    async def _request(self, subject: str, message: Message, answers: Decoder[T]) -> T | None:
+        """Ask; None if no usable answer comes before nobody waits for one any more.
+
+        The core gives up at its own deadline. An answer that comes a little later still
+        matters here: a lease that nobody waits for has to be given back.
+        """
+        patience = self._leader.settings.lookup_deadline_seconds + 1.0
+        try:
+            reply = await self._bus.request(subject, self._encode(message), patience)
+            return answers.decode(reply)
+        except Malformed as error:
+            self._reject(subject, error)
+        except BusError as error:
+            _log.debug("%s: %s", subject, error)
+        return None
+
+    # -- incoming --------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        for what, handler in (
+            ("lease", self._on_lease),
+            ("release", self._on_release),
+            ("snapshot", self._on_snapshot),
+        ):
+            await self._bus.subscribe(self._subject(what), handler)
+
+    async def _on_lease(self, delivery: Delivery) -> None:
+        request = self._decode(delivery, _acquires)
+        if request is None or not delivery.reply:
+            return
+        token = secrets.token_hex(16)
+        not_ready: Leased | Refused = Refused(reason="not ready")
+        answer = self._leader.on_core(
+            lambda core: core.acquire(request.hashes, token, self._leader.now()), not_ready
+        )
+        await self._publish(delivery.reply, answer)
+
+    async def _on_release(self, delivery: Delivery) -> None:
+        request = self._decode(delivery, _releases)
+        if request is not None:
+            self._leader.on_core(lambda core: core.release(request.lease), None)
+
+    async def _on_snapshot(self, delivery: Delivery) -> None:
+        if self._decode(delivery, _resyncs) is None or not delivery.reply:
+            return
+        snapshot = self._leader.on_core(lambda core: core.snapshot(), None)
+        if snapshot is None:
+            return
+        beat, blocks = snapshot
+        total = max(1, -(-len(blocks) // SNAPSHOT_CHUNK_BLOCKS))
+        for index in range(total):
+            part = blocks[index * SNAPSHOT_CHUNK_BLOCKS : (index + 1) * SNAPSHOT_CHUNK_BLOCKS]
+            chunk = SnapshotChunk(
+                epoch=beat.epoch,
+                seq=beat.seq,
+                index=index,
+                total=total,
+                tier=Tier.HOST,
+                hashes=pack(part),
+            )
+            await self._publish(delivery.reply, chunk)
+
+    def _decode(self, delivery: Delivery, decoder: Decoder[T]) -> T | None:
+        try:
+            return decoder.decode(delivery.payload)
+        except Malformed as error:
+            self._reject(delivery.subject, error)
+            return None
+
+    def _reject(self, subject: str, error: Malformed) -> None:
+        self._leader.rejected += 1
+        if subject not in self._warned:
+            self._warned.add(subject)
+            _log.warning("rejected a message on %s: %s (said once)", subject, error)
+
+    # -- membership ------------------------------------------------------------------------
+
+    async def _watch(self, on_change: OnChange, prefix: str) -> Watch:
+        """Watch the directory, as soon as it can be reached."""
+        assert self._network is not None
+        while True:
+            try:
+                return await self._network.directory.watch(on_change, prefix)
+            except DirectoryError as error:
+                _log.debug("directory: %s", error)
+                await asyncio.sleep(TICK_SECONDS)
+
+    def _on_own_rank(self, change: Change) -> None:
+        record = None if change.value is None else decode_record(change.key, change.value)
+        if isinstance(record, RankRecord):
+            self._attach(record)
+
+    def _on_peer(self, change: Change) -> None:
+        node, *rank = change.key.removeprefix(self._key_prefix).split(".")
+        if node == self._leader.node:
+            return
+        record = None if change.value is None else decode_record(change.key, change.value)
+        if not rank:
+            leader = record if isinstance(record, NodeRecord) else None
+            self._leader.on_core(lambda core: core.peers.leader_changed(node, leader), None)
+        elif rank[0].isdecimal():
+            worker = record if isinstance(record, RankRecord) else None
+            number = int(rank[0])
+            self._leader.on_core(lambda core: core.peers.rank_changed(node, number, worker), None)
+
+    def _attach(self, record: RankRecord) -> None:
+        try:
+            self._leader.attach(record)
+        except LayoutError as error:
+            _log.error("%s", error)
+
+    async def _meet_ranks(self) -> None:
+        """Wait until all ranks have reported, in the directory or through the engine."""
+        own_ranks = f"{self._key_prefix}{self._leader.node}."
+        watching = asyncio.create_task(self._watch(self._on_own_rank, own_ranks))
+        late = False
+        while not self._leader.ready:
+            try:
+                self._leader.require_ranks()
+            except RanksMissing as error:
+                if not late:
+                    _log.error("%s; serving without a cache meanwhile", error)
+                late = True
+            self._woken.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), BEAT_SECONDS)
+        if watching.done():
+            await watching.result().close()
+        else:
+            watching.cancel()
+
+    async def _take_part(self) -> None:
+        """Be in the directory, with fresh numbers, whenever it can be reached."""
+        assert self._network is not None
+        key = self._key_prefix + self._leader.node
+
+        def claim(epoch: int) -> bytes:
+            self._leader.begin(epoch)
+            return self._leader.record()
+
+        membership = await join(self._network, key, claim)
+        try:
+            while True:
+                await asyncio.sleep(BEAT_SECONDS)
+                await self._beat(membership)
+        finally:
+            await membership.leave()
+
+    async def _beat(self, membership: Membership) -> None:
+        beat = self._leader.on_core(lambda core: core.journal.beat(), None)
+        if beat is not None:
+            await self._publish(self._subject("events"), beat)
+        try:
+            await membership.update(self._leader.record())
+        except DirectoryError as error:
+            _log.debug("directory: %s", error)
+
+    async def _tick(self) -> None:
+        while True:
+            online = self._bus.connected
+
+            def tick(core: Leader, online: bool = online) -> None:
+                core.online = online
+                core.tick(self._leader.now())
+
+            self._leader.on_core(tick, None)
+            await asyncio.sleep(TICK_SECONDS)
+
+    # -- small things ------------------------------------------------------------------------
+
+    @property
+    def _bus(self) -> Bus:
+        assert self._network is not None
+        return self._network.bus
+
+    @property
+    def _key_prefix(self) -> str:
+        return ".".join(self._leader.scope) + "."
+
+    def _subject(self, what: str) -> str:
+        return self._leader.scope.of(self._leader.node, what)
+
+    def _encode(self, message: Message) -> bytes:
+        wire: Wire = self._leader.settings.wire
+        return encode(message, wire)
+
+
+_acquires = Decoder(Acquire)
+_releases = Decoder(Release)
+_resyncs = Decoder(Resync)
+_located = Decoder(Located)
+_lease_answers: Decoder[Leased | Refused] = Decoder(LeaseAnswer)  # type: ignore[arg-type]
