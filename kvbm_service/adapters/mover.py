@@ -10,6 +10,7 @@ cleared before a slot is written and set after, so a reader that finds the expec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,20 +20,18 @@ Indices = npt.NDArray[np.uint32]
 Stamps = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
-HEADER = np.dtype(
-    [("hash", np.uint64, 2), ("fill", np.uint64), ("checksum", np.uint64)]
-)
+HEADER = np.dtype([("hash", np.uint64, 2), ("fill", np.uint64), ("checksum", np.uint64)])
 """32 bytes per slot. `hash` is the block's name as two native words; `checksum` is xxh3-64 of
 the block's device bytes at the time of saving, or 0 when verification is off."""
 
 
 class Region(NamedTuple):
-    """One piece that every device block has: `count` × `length` bytes, `stride` apart."""
+    """One piece that every device block has: `blocks` × `length` bytes, `stride` apart."""
 
     address: int
     stride: int
     length: int
-    count: int
+    blocks: int
 
 
 class Blocks(NamedTuple):
@@ -57,8 +56,17 @@ class RemoteSlab(NamedTuple):
     parts: tuple[int, ...]
 
 
+Fence = Callable[[], None]
+"""Blocks the calling thread until the engine's work on the device has come to some point."""
+
+
 class Mover(Protocol):
-    """Moves blocks. Calls block the calling thread (never one of the engine's) and release the GIL."""
+    """Moves blocks. Calls block the calling thread and release the GIL.
+
+    Three threads may call at the same time: the engine's calls `mark`; one of ours calls
+    `save` and `load`; one of ours calls `connect`, `forget`, `pull`. `progress` is called by
+    either of ours, never by both. `close` comes when all of them are done.
+    """
 
     @property
     def agent(self) -> str:
@@ -70,8 +78,17 @@ class Mover(Protocol):
         """What another mover needs to read from us."""
         ...
 
+    def mark(self) -> Fence:
+        """Where the engine's work is now; cheap, and never waits.
+
+        The engine's thread calls it after it has queued the forward pass that a `save`
+        must not overtake, or that a `load` or `pull` must not disturb; our thread waits
+        for the fence before it makes that call.
+        """
+        ...
+
     def save(self, blocks: Blocks) -> None:
-        """Device → own slab, headers cleared before and set after.
+        """Device → own slab, headers cleared before and set after. Fills are not 0.
 
         Raises:
             TransferError: some slot was not filled; its header is clear.
@@ -79,11 +96,17 @@ class Mover(Protocol):
         ...
 
     def load(self, blocks: Blocks) -> Mask:
-        """Own slab → device. True for each block whose header was right before and after."""
+        """Own slab → device. True for each block whose header was right before and after.
+
+        Raises:
+            TransferError: the copy failed. No block may be believed.
+        """
         ...
 
     def connect(self, peer: RemoteSlab) -> None:
-        """Make `peer` readable. Idempotent.
+        """Make `peer` readable. Idempotent, and may be tried again after a failure.
+
+        Returns once the peer has answered, so that the first pull is not a slow one.
 
         Raises:
             TransferError: unreachable, or its slots are not laid out like ours.
@@ -97,11 +120,18 @@ class Mover(Protocol):
     def pull(self, agent: str, blocks: Blocks, timeout_seconds: float) -> Mask:
         """Slab of `agent` → device. True for each block proven to have arrived whole.
 
-        Returns, or raises, only when nothing can write to the device blocks any more.
+        Returns, or raises, only when nothing can write to the device blocks any more:
+        that can take a little longer than the timeout. A later pull from the same peer
+        may succeed again.
 
         Raises:
-            TransferError: the peer is gone, or time ran out. No block may be believed.
+            TransferError: not connected, the peer is gone, or time ran out. No block may
+                be believed.
         """
+        ...
+
+    def progress(self) -> None:
+        """Let other nodes' connections to us come about. Cheap; call it every few milliseconds."""
         ...
 
     def close(self) -> None:

@@ -1,0 +1,154 @@
+"""One rank's device pool and slab, and the verified copies between them.
+
+What every mover shares: a mover adds reading from other ranks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvbm_service.adapters.copies import Column, Copies
+from kvbm_service.adapters.mover import Blocks, Fence, Indices, Mask, Region, RemoteSlab
+from kvbm_service.adapters.slab import Headers, Slab, names
+from kvbm_service.errors import TransferError
+
+
+class HostTier:
+    """Saves device blocks into slots of `slab` and loads them back.
+
+    With `verify`, a save also stamps a checksum of the device block, and whatever brings a
+    block back compares the device's bytes with it: slow, for tests and hunting faults.
+
+    Raises:
+        TransferError: the slab's memory cannot be pinned.
+    """
+
+    def __init__(
+        self, slab: Slab, regions: list[Region], copies: Copies, *, verify: bool = False
+    ) -> None:
+        assert slab.parts == parts(regions), "the slab is laid out for these regions"
+        self.slab = slab
+        self.regions = regions
+        self._copies = copies
+        self._verify = verify
+        self._device_blocks = min(region.blocks for region in regions)
+        self._addresses = np.array([region.address for region in regions], np.uint64)
+        self._strides = np.array([region.stride for region in regions], np.uint64)
+        self._lengths = np.array(slab.parts, np.uint64)
+        self._offsets = np.array(slab.offsets, np.uint64)
+        copies.pin(slab.start, slab.nbytes)
+
+    def mark(self) -> Fence:
+        return self._copies.mark()
+
+    def save(self, blocks: Blocks) -> None:
+        """See `Mover.save`."""
+        self._check(blocks, self.slab.slots)
+        self.slab.clear(blocks.slots)
+        self._copy(self._in_slab(self.slab.base, blocks.slots), self._in_pool(blocks.device))
+        self.slab.stamp(blocks, self._checksums(blocks.device))
+
+    def load(self, blocks: Blocks) -> Mask:
+        """See `Mover.load`."""
+        self._check(blocks, self.slab.slots)
+        right = names(self.slab.read_headers(blocks.slots), blocks)
+        chosen = blocks if right.all() else pick(blocks, right)
+        if len(chosen.slots):
+            self.fill_from(self.slab.base, chosen)
+        right &= self.arrived(self.slab.read_headers(blocks.slots), blocks, among=right)
+        return right
+
+    def fill_from(self, base: int, blocks: Blocks) -> None:
+        """Copy slots of a slab at `base`, laid out like ours, into device blocks."""
+        self._copy(self._in_pool(blocks.device), self._in_slab(base, blocks.slots))
+
+    def arrived(self, headers: Headers, blocks: Blocks, among: Mask | None = None) -> Mask:
+        """Which device blocks are proven whole, by the headers read after their bytes.
+
+        Only those in `among` are looked at; the others are False.
+        """
+        right = names(headers, blocks)
+        if among is not None:
+            right &= among
+        if not self._verify:
+            return right
+        expected = headers["checksum"]
+        (looked_at,) = np.nonzero(right & (expected != 0))
+        found = self._checksums(blocks.device[looked_at])
+        right[looked_at] &= found == expected[looked_at]
+        return right
+
+    def check_pull(self, blocks: Blocks, peer: RemoteSlab) -> None:
+        """Refuse blocks that the pool or `peer` does not have.
+
+        Raises:
+            TransferError: a number is out of range.
+        """
+        self._check(blocks, peer.slots)
+
+    def check_layout(self, peer: RemoteSlab) -> None:
+        """Refuse a peer whose blocks are not made like ours.
+
+        Raises:
+            TransferError: names what differs.
+        """
+        slab = self.slab
+        if peer.parts != slab.parts or peer.slot_bytes != slab.slot_bytes:
+            raise TransferError(
+                f"{peer.agent} has blocks of {len(peer.parts)} parts and {peer.slot_bytes} bytes, "
+                f"we have {len(slab.parts)} parts and {slab.slot_bytes} bytes: "
+                "both must run the same model in the same arrangement"
+            )
+
+    def close(self) -> None:
+        """Unpin the slab; its memory stays its owner's to free."""
+        self._copies.unpin(self.slab.start)
+
+    def _check(self, blocks: Blocks, slots: int) -> None:
+        if not len(blocks.slots) == len(blocks.device) == len(blocks.fills) == len(blocks.hashes):
+            raise TransferError("columns of a transfer differ in length")
+        if len(blocks.slots) == 0:
+            return
+        if int(blocks.slots.max()) >= slots or int(blocks.device.max()) >= self._device_blocks:
+            raise TransferError(
+                f"a slot is not below {slots}, or a device block not below {self._device_blocks}"
+            )
+
+    def _in_slab(self, base: int, slots: Indices) -> Column:
+        starts = slots.astype(np.uint64) * np.uint64(self.slab.slot_bytes) + np.uint64(base)
+        return (starts[:, None] + self._offsets).ravel()
+
+    def _in_pool(self, device: Indices) -> Column:
+        return (device.astype(np.uint64)[:, None] * self._strides + self._addresses).ravel()
+
+    def _copy(self, to: Column, source: Column) -> None:
+        if len(to):
+            self._copies.copy(to, source, np.tile(self._lengths, len(to) // len(self._lengths)))
+
+    def _checksums(self, device: Indices) -> npt.NDArray[np.uint64]:
+        """Of the device's bytes as they are now; 0 without `verify`."""
+        sums = np.zeros(len(device), np.uint64)
+        if self._verify and len(device):
+            block = np.empty(self.slab.slot_bytes, np.uint8)
+            to = self._offsets + np.uint64(block.ctypes.data)
+            for i in range(len(device)):
+                self._copy(to, self._in_pool(device[i : i + 1]))
+                sums[i] = xxhash.xxh3_64_intdigest(block.data) or 1  # 0 says "not taken"
+        return sums
+
+
+def parts(regions: list[Region]) -> tuple[int, ...]:
+    """Lengths of the pieces of a block, in the order in which they fill a slot."""
+    return tuple(region.length for region in regions)
+
+
+def pick(blocks: Blocks, mask: Mask) -> Blocks:
+    """The blocks for which `mask` is True."""
+    return Blocks(
+        hashes=blocks.hashes[mask],
+        fills=blocks.fills[mask],
+        slots=blocks.slots[mask],
+        device=blocks.device[mask],
+    )

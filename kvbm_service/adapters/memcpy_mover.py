@@ -1,0 +1,72 @@
+"""The mover inside one process: slabs of other ranks are read with memcpy.
+
+For tests and simulations, and where several ranks live in one process.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+import numpy as np
+
+from kvbm_service.adapters.host_tier import HostTier
+from kvbm_service.adapters.mover import Blocks, Fence, Mask, RemoteSlab
+from kvbm_service.adapters.slab import Headers
+from kvbm_service.errors import TransferError
+
+_here: dict[str, HostTier] = {}
+"""Every open `MemcpyMover` of this process, by agent."""
+
+
+class MemcpyMover:
+    """`Mover` among the ranks of one process."""
+
+    def __init__(self, tier: HostTier) -> None:
+        self._tier = tier
+        self._peers: dict[str, RemoteSlab] = {}
+        self.agent = f"memcpy-{uuid.uuid4().hex}"
+        self.agent_metadata = b""
+        _here[self.agent] = tier
+
+    def mark(self) -> Fence:
+        return self._tier.mark()
+
+    def save(self, blocks: Blocks) -> None:
+        self._tier.save(blocks)
+
+    def load(self, blocks: Blocks) -> Mask:
+        return self._tier.load(blocks)
+
+    def connect(self, peer: RemoteSlab) -> None:
+        self._tier.check_layout(peer)
+        self._tier_of(peer.agent)
+        self._peers[peer.agent] = peer
+
+    def forget(self, agent: str) -> None:
+        self._peers.pop(agent, None)
+
+    def pull(self, agent: str, blocks: Blocks, timeout_seconds: float) -> Mask:
+        peer = self._peers.get(agent)
+        if peer is None:
+            raise TransferError(f"{agent} is not connected")
+        self._tier.check_pull(blocks, peer)
+        if not len(blocks.slots):
+            return np.zeros(0, np.bool_)
+        self._tier.fill_from(self._tier_of(agent).slab.base, blocks)
+        return self._tier.arrived(self._headers_of(agent, blocks), blocks)
+
+    def progress(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        del _here[self.agent]
+        self._tier.close()
+
+    def _headers_of(self, agent: str, blocks: Blocks) -> Headers:
+        return self._tier_of(agent).slab.read_headers(blocks.slots)
+
+    def _tier_of(self, agent: str) -> HostTier:
+        try:
+            return _here[agent]
+        except KeyError:
+            raise TransferError(f"{agent} is not in this process, or is gone") from None

@@ -1,0 +1,109 @@
+"""The mover between processes and machines: other ranks' slabs are read with NIXL.
+
+Two agents. One serves: the slab is registered with it, its metadata is published, and it
+lives as long as we do. The other reads, into the device pool; it is replaced whenever a
+transfer did not end well (nixl_reader.py says why).
+
+A peer that failed stays known: the next pull attaches to it again, so a stall costs the
+pulls it delayed and no later one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+
+import numpy as np
+
+from kvbm_service.adapters.host_tier import HostTier
+from kvbm_service.adapters.mover import Blocks, Fence, Mask, RemoteSlab
+from kvbm_service.adapters.nixl_reader import Reader, Unquiet, destroy, new_agent
+from kvbm_service.adapters.slab import Headers
+from kvbm_service.errors import TransferError
+
+CONNECT_SECONDS = 2.0
+"""How long a peer may take to answer for the first time."""
+
+
+class NixlMover:
+    """`Mover` over NIXL. The device pool is on CUDA device `device_id`, or in ordinary memory.
+
+    NIXL and UCX start threads when the first agent is made; they inherit the calling
+    thread's CPU mask (affinity.py).
+    """
+
+    def __init__(self, tier: HostTier, device_id: int | None = None) -> None:
+        self._tier = tier
+        self._device_id = device_id
+        self._peers: dict[str, RemoteSlab] = {}
+        self._lives = itertools.count(1)
+        self.agent = f"kvbm-{uuid.uuid4().hex}"
+        self._server = new_agent(self.agent)
+        slab = tier.slab
+        self._served = self._server.register_memory([(slab.start, slab.nbytes, 0, "")], "DRAM")
+        self.agent_metadata: bytes = self._server.get_agent_metadata()
+        self._reader = self._new_reader()
+
+    def mark(self) -> Fence:
+        return self._tier.mark()
+
+    def save(self, blocks: Blocks) -> None:
+        self._tier.save(blocks)
+
+    def load(self, blocks: Blocks) -> Mask:
+        return self._tier.load(blocks)
+
+    def connect(self, peer: RemoteSlab) -> None:
+        self._tier.check_layout(peer)
+        if self._peers.get(peer.agent) not in (None, peer):
+            self.forget(peer.agent)
+        self._peers[peer.agent] = peer
+        first = np.zeros(1, np.uint32)
+        try:
+            self._reader.attach(peer)
+            self._reader.read_headers(peer.agent, first, time.monotonic() + CONNECT_SECONDS)
+        except Unquiet:
+            self._replace_reader()
+            raise
+
+    def forget(self, agent: str) -> None:
+        if self._peers.pop(agent, None) is not None:
+            self._reader.detach(agent)
+
+    def pull(self, agent: str, blocks: Blocks, timeout_seconds: float) -> Mask:
+        deadline = time.monotonic() + timeout_seconds
+        peer = self._peers.get(agent)
+        if peer is None:
+            raise TransferError(f"{agent} is not connected")
+        self._tier.check_pull(blocks, peer)
+        if not len(blocks.slots):
+            return np.zeros(0, np.bool_)
+        try:
+            self._reader.attach(peer)
+            self._reader.read_blocks(agent, blocks.slots, blocks.device, deadline)
+            headers = self._headers_of(agent, blocks, deadline)
+        except Unquiet:
+            self._replace_reader()
+            raise
+        return self._tier.arrived(headers, blocks)
+
+    def progress(self) -> None:
+        self._server.get_new_notifs()
+
+    def close(self) -> None:
+        self._peers.clear()
+        self._reader.discard()
+        self._server.deregister_memory(self._served)
+        destroy(self._server)
+        self._tier.close()
+
+    def _headers_of(self, agent: str, blocks: Blocks, deadline: float) -> Headers:
+        return self._reader.read_headers(agent, blocks.slots, deadline)
+
+    def _new_reader(self) -> Reader:
+        return Reader(f"{self.agent}-{next(self._lives)}", self._tier.regions, self._device_id)
+
+    def _replace_reader(self) -> None:
+        self._reader.discard()
+        self._reader = self._new_reader()

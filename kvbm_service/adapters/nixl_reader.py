@@ -1,0 +1,234 @@
+"""One NIXL agent that reads other ranks' slabs straight into our device blocks.
+
+It is disposable, and that is how we prove that a failed transfer is quiet. While a handle
+says PROC, or after it said ERR, some of its reads may still be going to land:
+
+- Over shared memory and TCP our own calls into NIXL do the copying (there is no progress
+  thread), so a handle left alone is still; but the next call, for another transfer, would
+  carry it on.
+- Over RDMA the network card does it, whenever it likes. Releasing the handle or removing the
+  peer does not stop it: UCX cannot cancel a read, and closes endpoints by flushing them.
+
+Destroying the agent destroys its UCX worker and with it every queue pair: nothing can write
+any more. So the rule is: a transfer that is not DONE ends with `discard`. Nobody else knows
+this agent (peers read from another one, see nixl_mover.py), so it costs us only the
+time to make a new one and to connect again.
+
+NIXL is slow to notice some deaths and never notices a stopped peer, so each read has a
+deadline. After it we go on polling for QUIET_SECONDS: discarding while a stopped peer
+is half way through *sending* (TCP only; it is not involved otherwise) makes UCX abort the
+peer's process when it wakes up, so a stall shorter than that must not lead to it.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any, NamedTuple
+
+import nixl._bindings
+import numpy as np
+import numpy.typing as npt
+from nixl._api import nixl_agent, nixl_agent_config
+
+from kvbm_service.adapters.mover import HEADER, Indices, Region, RemoteSlab
+from kvbm_service.adapters.slab import Headers
+from kvbm_service.errors import TransferError
+
+SPIN_SECONDS = 0.000_2
+"""A transfer that takes longer is polled with pauses."""
+
+POLL_SECONDS = 0.000_05
+
+QUIET_SECONDS = 1.0
+"""How long a transfer that missed its deadline may take to end by itself."""
+
+MAX_HEADERS = 4096
+"""Headers read at a time."""
+
+NIXL_ERRORS: tuple[type[Exception], ...] = tuple(
+    kind
+    for kind in vars(nixl._bindings).values()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+)
+"""NIXL's exceptions have no common base of their own."""
+
+
+def new_agent(name: str) -> Any:
+    """A NIXL agent over UCX, without a thread of its own (it would burn a core)."""
+    return nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+
+
+def destroy(agent: Any) -> None:
+    """Destroy an agent now, whoever may still hold the Python object."""
+    inner = weakref.ref(agent.agent)
+    agent.agent = None
+    assert inner() is None, "something still holds the agent: it may still write"
+
+
+class Unquiet(TransferError):
+    """The reader must be discarded before the device blocks may be touched again."""
+
+
+class _Attached(NamedTuple):
+    """What was prepared once for one peer: handles of descriptor lists."""
+
+    slots: int
+    blocks: Any
+    headers: Any
+
+
+class Reader:
+    """Reads slabs into `regions` of device `device_id` (None: ordinary memory)."""
+
+    def __init__(self, name: str, regions: list[Region], device_id: int | None) -> None:
+        self._agent = new_agent(name)
+        self._attached: dict[str, _Attached] = {}
+        self._handles: list[Any] = []
+        kind, device = ("DRAM", 0) if device_id is None else ("VRAM", device_id)
+        self._agent.register_memory([(*extent, device, "") for extent in extents(regions)], kind)
+        self._counts = np.array([region.blocks for region in regions], np.int64)
+        self._pool = self._prepare(
+            "NIXL_INIT_AGENT",
+            [(region.address, region.length, device, region.stride, region.blocks)
+             for region in regions],
+            kind,
+        )  # fmt: skip
+        self._found: Headers = np.zeros(MAX_HEADERS, HEADER)
+        address = self._found.ctypes.data
+        self._agent.register_memory([(address, self._found.nbytes, 0, "")], "DRAM")
+        row = (address, HEADER.itemsize, 0, HEADER.itemsize, MAX_HEADERS)
+        self._scratch = self._prepare("NIXL_INIT_AGENT", [row], "DRAM")
+
+    def attach(self, peer: RemoteSlab) -> None:
+        """Prepare reading from `peer`. Nothing is sent yet; idempotent.
+
+        Raises:
+            TransferError: the peer's metadata is refused, or nobody listens there any more.
+        """
+        if peer.agent in self._attached:
+            return
+        try:
+            name = self._agent.add_remote_agent(peer.agent_metadata).decode()
+            if name != peer.agent:
+                self._agent.remove_remote_agent(name)
+                raise TransferError(f"the metadata of {peer.agent} is that of another agent")
+            starts = np.cumsum((0, *peer.parts[:-1]))
+            self._attached[name] = _Attached(
+                slots=peer.slots,
+                blocks=self._prepare(
+                    name,
+                    [(peer.base + start, length, 0, peer.slot_bytes, peer.slots)
+                     for start, length in zip(starts.tolist(), peer.parts, strict=True)],
+                    "DRAM",
+                ),
+                headers=self._prepare(
+                    name,
+                    [(peer.headers, HEADER.itemsize, 0, HEADER.itemsize, peer.slots)],
+                    "DRAM",
+                ),
+            )  # fmt: skip
+        except NIXL_ERRORS as error:
+            raise TransferError(f"{peer.agent} cannot be connected: {error}") from None
+
+    def detach(self, agent: str) -> None:
+        """Forget a peer from whom nothing is being read."""
+        attached = self._attached.pop(agent, None)
+        if attached is not None:
+            for handle in (attached.blocks, attached.headers):
+                self._handles.remove(handle)
+                handle.release()
+            self._agent.remove_remote_agent(agent)
+
+    def read_blocks(self, agent: str, slots: Indices, device: Indices, deadline: float) -> None:
+        """Slots of `agent` → device blocks.
+
+        Raises:
+            Unquiet: failed or too late; bytes may still arrive.
+            TransferError: it ended, too late.
+        """
+        peer = self._attached[agent]
+        firsts = np.cumsum(self._counts) - self._counts
+        ours = (device.astype(np.int64)[:, None] + firsts).ravel()
+        theirs = (slots.astype(np.int64)[:, None] + np.arange(len(firsts)) * peer.slots).ravel()
+        self._read(agent, self._pool, ours, peer.blocks, theirs, deadline)
+
+    def read_headers(self, agent: str, slots: Indices, deadline: float) -> Headers:
+        """The headers of `slots` of `agent`, as they are now.
+
+        Raises:
+            Unquiet, TransferError: as `read_blocks`.
+        """
+        headers = np.zeros(len(slots), HEADER)
+        for at in range(0, len(slots), MAX_HEADERS):
+            some = slots[at : at + MAX_HEADERS]
+            ours = np.arange(len(some))
+            self._read(agent, self._scratch, ours, self._attached[agent].headers, some, deadline)
+            headers[at : at + MAX_HEADERS] = self._found[: len(some)]
+        return headers
+
+    def discard(self) -> None:
+        """Destroy the agent. After this nothing writes to our memory any more."""
+        for handle in self._handles:
+            handle.release()
+            handle._agent = None
+        self._handles.clear()
+        destroy(self._agent)
+
+    def _prepare(self, agent: str, rows: list[tuple[int, ...]], kind: str) -> Any:
+        handle = self._agent.prep_xfer_dlist(agent, np.array(rows, np.uint64), kind)
+        self._handles.append(handle)
+        return handle
+
+    def _read(
+        self,
+        agent: str,
+        local: Any,
+        ours: npt.NDArray[Any],
+        remote: Any,
+        theirs: npt.NDArray[Any],
+        deadline: float,
+    ) -> None:
+        handle = self._agent.make_prepped_xfer(
+            "READ", local, ours.astype(np.int32), remote, theirs.astype(np.int32)
+        )
+        self._handles.append(handle)
+        state = self._run(handle, deadline)
+        if state != "DONE":
+            raise Unquiet(f"reading from {agent} failed: {state}")
+        self._handles.remove(handle)
+        handle.release()
+        if time.monotonic() > deadline:
+            raise TransferError(f"reading from {agent} took too long")
+
+    def _run(self, handle: Any, deadline: float) -> str:
+        """Post and poll. DONE, or why it is not."""
+        step = self._agent.transfer
+        spin_until = time.monotonic() + SPIN_SECONDS
+        while True:
+            try:
+                state: str = step(handle)
+            except NIXL_ERRORS as error:
+                return str(error)
+            if state != "PROC":
+                return state
+            step = self._agent.check_xfer_state
+            now = time.monotonic()
+            if now > deadline + QUIET_SECONDS:
+                return "time ran out"
+            if now > spin_until:
+                time.sleep(POLL_SECONDS)
+
+
+def extents(regions: list[Region]) -> list[tuple[int, int]]:
+    """Address and length of the memory that the regions lie in, overlapping ones as one."""
+    spans: list[tuple[int, int]] = []
+    for start, end in sorted(
+        (region.address, region.address + region.stride * (region.blocks - 1) + region.length)
+        for region in regions
+    ):
+        if spans and start < spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        else:
+            spans.append((start, end))
+    return [(start, end - start) for start, end in spans]

@@ -1,0 +1,113 @@
+"""One rank for the mover's tests: KV tensors, a slab and a mover, with known bytes in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from kvbm_service.adapters.copies import CpuCopies
+from kvbm_service.adapters.device_pool import regions
+from kvbm_service.adapters.host_tier import HostTier, parts
+from kvbm_service.adapters.memcpy_mover import MemcpyMover
+from kvbm_service.adapters.mover import HEADER, Blocks, RemoteSlab
+from kvbm_service.adapters.nixl_mover import NixlMover
+from kvbm_service.adapters.slab import Slab
+
+POOL = 24
+"""Device blocks."""
+SLOTS = 16
+
+Kind = type[MemcpyMover] | type[NixlMover]
+
+
+def _heads_first() -> dict[str, torch.Tensor]:
+    return {f"layer{i}": torch.zeros(POOL, 2, 16, 32, dtype=torch.float32) for i in range(3)}
+
+
+def _keys_and_values_apart() -> dict[str, torch.Tensor]:
+    return {f"layer{i}": torch.zeros(2, POOL, 16, 2, 16, dtype=torch.bfloat16) for i in range(3)}
+
+
+def _all_layers_of_a_block_together() -> dict[str, torch.Tensor]:
+    whole = torch.zeros(POOL, 3, 2, 16, 16, dtype=torch.float16)
+    return {f"layer{i}": whole[:, i] for i in range(3)}
+
+
+def _transposed_inside_and_shared() -> dict[str, torch.Tensor]:
+    heads_inside = torch.zeros(POOL, 16, 2, 16, dtype=torch.float16).permute(0, 2, 1, 3)
+    small = torch.zeros(POOL, 5, dtype=torch.uint8)
+    padded = torch.zeros(POOL, 4, 8, dtype=torch.float32)[:, :3]
+    return {"a": heads_inside, "b": heads_inside, "c": small, "d": padded}
+
+
+LAYOUTS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+    "heads_first": _heads_first,
+    "keys_and_values_apart": _keys_and_values_apart,
+    "all_layers_of_a_block_together": _all_layers_of_a_block_together,
+    "transposed_inside_and_shared": _transposed_inside_and_shared,
+}
+
+
+class Rank:
+    """A rank whose device pool, slab and headers tests can look into and change."""
+
+    def __init__(self, kind: Kind, layout: str = "heads_first", *, verify: bool = False) -> None:
+        self.caches = LAYOUTS[layout]()
+        found = regions(self.caches, POOL)
+        self.slab = Slab(SLOTS, parts(found))
+        self.mover = kind(HostTier(self.slab, found, CpuCopies(), verify=verify))
+        record = self.slab.record()
+        self.as_peer = RemoteSlab(
+            agent=self.mover.agent,
+            agent_metadata=self.mover.agent_metadata,
+            base=record.base,
+            headers=record.headers,
+            slots=record.slots,
+            slot_bytes=record.slot_bytes,
+            parts=record.parts,
+        )
+
+    def fill_pool(self, seed: int) -> None:
+        """Let every byte of the device pool be drawn from `seed`; 0 clears it."""
+        generator = torch.Generator().manual_seed(seed)
+        for cache in self.caches.values():
+            octets = torch.randint(0, 255 if seed else 1, cache.shape, generator=generator)
+            cache.copy_(octets.to(cache.dtype))
+
+    def block(self, number: int) -> bytes:
+        """The bytes of one device block, in all layers."""
+        return b"".join(
+            half[number].contiguous().view(torch.uint8).numpy().tobytes()
+            for cache in self.caches.values()
+            for half in ([cache] if cache.shape[0] == POOL else list(cache))
+        )
+
+    def stamp(self, slot: int, name: tuple[int, int], fill: int) -> None:
+        """Let the header of `slot` name something else."""
+        self.slab.headers[slot] = np.array((name, fill, 0), HEADER)
+
+    def flip_a_bit(self, slot: int) -> None:
+        """Damage one byte in the middle of `slot`, as failing memory would."""
+        at = self.slab.base - self.slab.start + slot * self.slab.slot_bytes
+        octets = np.frombuffer(self.slab._memory, np.uint8)
+        octets[at + self.slab.slot_bytes // 2] ^= 4
+
+    def close(self) -> None:
+        self.mover.close()
+        self.slab.close()
+
+
+def blocks(slots: list[int], device: list[int], fill: int = 1) -> Blocks:
+    """Columns for a transfer: the block in slot s is named (s + 1, 1000)."""
+    return Blocks(
+        hashes=np.array([name(slot) for slot in slots], np.uint64).reshape(-1, 2),
+        fills=np.full(len(slots), fill, np.uint64),
+        slots=np.array(slots, np.uint32),
+        device=np.array(device, np.uint32),
+    )
+
+
+def name(slot: int) -> tuple[int, int]:
+    return (slot + 1, 1000)

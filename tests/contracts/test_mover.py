@@ -1,0 +1,329 @@
+"""What every mover promises: `MemcpyMover`, and `NixlMover` with the owner in another process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from kvbm_service.adapters.memcpy_mover import MemcpyMover
+from kvbm_service.adapters.mover import Blocks
+from kvbm_service.adapters.nixl_mover import NixlMover
+from kvbm_service.adapters.nixl_reader import QUIET_SECONDS
+from kvbm_service.adapters.slab import Headers
+from kvbm_service.errors import TransferError
+from tests.contracts.mover_owner import LocalOwner, OwnerProcess
+from tests.contracts.mover_rank import LAYOUTS, Kind, Rank, blocks, name
+
+SECONDS = 10.0
+"""A timeout that a pull between healthy ranks never needs."""
+
+Owner = OwnerProcess | LocalOwner
+
+
+class Hall:
+    """Makes ranks and owners of one kind.
+
+    Ranks are closed after each test, owners after the last: a process takes seconds to start.
+    """
+
+    def __init__(self, kind: Kind, stack: ExitStack, owners: Owners) -> None:
+        self.kind = kind
+        self._stack = stack
+        self._owners = owners
+
+    def rank(self, layout: str = "heads_first", *, verify: bool = False) -> Rank:
+        rank = Rank(self.kind, layout, verify=verify)
+        self._stack.callback(rank.close)
+        return rank
+
+    def owner(self, layout: str = "heads_first", *, verify: bool = False) -> Owner:
+        key = (self.kind, layout, verify)
+        if key not in self._owners:
+            self._owners[key] = _owner(*key)
+        return self._owners[key]
+
+    def mortal_owner(self) -> Owner:
+        """One that the test may close or kill."""
+        owner = _owner(self.kind, "heads_first", verify=False)
+        self._stack.callback(owner.close)
+        return owner
+
+    def process(self) -> OwnerProcess:
+        owner = self.mortal_owner()
+        assert isinstance(owner, OwnerProcess)
+        return owner
+
+
+def _owner(kind: Kind, layout: str, verify: bool) -> Owner:
+    if kind is MemcpyMover:
+        return LocalOwner(Rank(MemcpyMover, layout, verify=verify))
+    return OwnerProcess(layout, verify=verify)
+
+
+Owners = dict[tuple[Kind, str, bool], Owner]
+
+
+@pytest.fixture(scope="module")
+def owners() -> Iterator[Owners]:
+    owners: Owners = {}
+    yield owners
+    for owner in owners.values():
+        owner.close()
+
+
+@pytest.fixture(params=[MemcpyMover, NixlMover])
+def hall(request: pytest.FixtureRequest, owners: Owners) -> Iterator[Hall]:
+    with ExitStack() as stack:
+        yield Hall(request.param, stack, owners)
+
+
+@pytest.fixture
+def nixl(owners: Owners) -> Iterator[Hall]:
+    with ExitStack() as stack:
+        yield Hall(NixlMover, stack, owners)
+
+
+def pull(rank: Rank, owner: Owner, wanted: Blocks, seconds: float = SECONDS) -> list[bool]:
+    return rank.mover.pull(owner.as_peer.agent, wanted, seconds).tolist()
+
+
+# -- own slab ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_saved_block_loads_back_byte_for_byte_and_touches_no_other(
+    hall: Hall, layout: str
+) -> None:
+    rank = hall.rank(layout)
+    rank.fill_pool(seed=1)
+    saved = [rank.block(number) for number in (3, 0, 23)]
+    rank.mover.save(blocks([15, 2, 0], [3, 0, 23]))
+    rank.fill_pool(seed=2)
+    before = {number: rank.block(number) for number in range(24)}
+
+    assert rank.mover.load(blocks([15, 2, 0], [7, 8, 1])).tolist() == [True, True, True]
+
+    assert [rank.block(number) for number in (7, 8, 1)] == saved
+    others = set(range(24)) - {7, 8, 1}
+    assert all(rank.block(number) == before[number] for number in others)
+
+
+def test_a_slot_that_holds_another_block_is_not_loaded_and_the_others_are(hall: Hall) -> None:
+    rank = hall.rank()
+    rank.fill_pool(seed=1)
+    rank.mover.save(blocks([4, 5, 6], [4, 5, 6]))
+    rank.stamp(5, name(9), fill=1)
+    expected = [rank.block(number) for number in (4, 6)]
+    rank.fill_pool(seed=0)
+    untouched = rank.block(5)
+
+    assert rank.mover.load(blocks([4, 5, 6], [4, 5, 6])).tolist() == [True, False, True]
+
+    assert [rank.block(number) for number in (4, 6)] == expected
+    assert rank.block(5) == untouched
+
+
+def test_a_slot_filled_again_with_the_same_block_is_not_the_one_that_was_promised(
+    hall: Hall,
+) -> None:
+    rank = hall.rank()
+    rank.mover.save(blocks([4], [4], fill=2))
+    assert rank.mover.load(blocks([4], [4], fill=1)).tolist() == [False]
+    assert rank.mover.load(blocks([4], [4], fill=2)).tolist() == [True]
+
+
+def test_verification_sees_a_bit_that_flipped_in_a_slot(hall: Hall) -> None:
+    rank = hall.rank(verify=True)
+    rank.fill_pool(seed=1)
+    rank.mover.save(blocks([4, 5], [4, 5]))
+    assert rank.mover.load(blocks([4, 5], [4, 5])).tolist() == [True, True]
+    rank.flip_a_bit(5)
+    assert rank.mover.load(blocks([4, 5], [4, 5])).tolist() == [True, False]
+
+
+def test_numbers_that_do_not_exist_are_refused_before_anything_is_written(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    rank.mover.connect(owner.as_peer)
+    for wrong in (blocks([16], [0]), blocks([0], [24])):
+        with pytest.raises(TransferError):
+            rank.mover.save(wrong)
+        with pytest.raises(TransferError):
+            rank.mover.load(wrong)
+        with pytest.raises(TransferError):
+            pull(rank, owner, wrong)
+
+
+def test_moving_nothing_is_no_error(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    rank.mover.connect(owner.as_peer)
+    rank.mover.save(blocks([], []))
+    assert rank.mover.load(blocks([], [])).tolist() == []
+    assert pull(rank, owner, blocks([], [])) == []
+
+
+# -- another rank's slab -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_pulled_block_is_the_owners_byte_for_byte_and_touches_no_other(
+    hall: Hall, layout: str
+) -> None:
+    rank, owner = hall.rank(layout), hall.owner(layout)
+    owner.save(5, [15, 2, 3], [3, 0, 23])
+    rank.fill_pool(seed=2)
+    before = {number: rank.block(number) for number in range(24)}
+    rank.mover.connect(owner.as_peer)
+
+    assert pull(rank, owner, blocks([15, 2, 3], [7, 8, 23])) == [True, True, True]
+
+    assert [rank.block(number) for number in (7, 8, 23)] == [
+        owner.block(number) for number in (3, 0, 23)
+    ]
+    others = set(range(24)) - {7, 8, 23}
+    assert all(rank.block(number) == before[number] for number in others)
+
+
+def test_a_slot_that_was_reused_is_refused_by_a_pull_and_the_others_arrive(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    owner.save(5, [4, 5, 6, 7], [4, 5, 6, 7])
+    owner.stamp(5, name(9), fill=1)
+    owner.stamp(6, name(6), fill=2)
+    rank.mover.connect(owner.as_peer)
+    wanted = blocks([4, 5, 6, 7], [4, 5, 6, 7])
+    assert pull(rank, owner, wanted) == [True, False, False, True]
+    assert rank.block(7) == owner.block(7)
+
+
+def test_a_slot_reused_while_it_is_read_is_refused(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    owner.save(5, [4, 5], [4, 5])
+    rank.mover.connect(owner.as_peer)
+    read_headers: Callable[..., Headers] = rank.mover._headers_of
+
+    def after_the_data(*args: Any) -> Headers:
+        owner.stamp(5, name(5), fill=2)
+        return read_headers(*args)
+
+    monkeypatch.setattr(rank.mover, "_headers_of", after_the_data)
+    assert pull(rank, owner, blocks([4, 5], [4, 5])) == [True, False]
+
+
+def test_verification_sees_a_bit_that_flipped_at_the_owner(hall: Hall) -> None:
+    rank, owner = hall.rank(verify=True), hall.owner(verify=True)
+    owner.save(5, [4, 5], [4, 5])
+    rank.mover.connect(owner.as_peer)
+    assert pull(rank, owner, blocks([4, 5], [4, 5])) == [True, True]
+    owner.flip_a_bit(5)
+    assert pull(rank, owner, blocks([4, 5], [4, 5])) == [True, False]
+
+
+def test_a_block_saved_without_a_checksum_passes_verification(hall: Hall) -> None:
+    rank, owner = hall.rank(verify=True), hall.owner(verify=False)
+    owner.save(5, [4], [4])
+    rank.mover.connect(owner.as_peer)
+    assert pull(rank, owner, blocks([4], [4])) == [True]
+
+
+def test_a_peer_with_another_layout_is_refused_in_words(hall: Hall) -> None:
+    rank, owner = hall.rank("heads_first"), hall.owner("keys_and_values_apart")
+    with pytest.raises(TransferError, match="same model"):
+        rank.mover.connect(owner.as_peer)
+
+
+def test_a_peer_must_be_connected_and_can_be_forgotten_and_met_again(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    owner.save(5, [4], [4])
+    agent = owner.as_peer.agent
+    with pytest.raises(TransferError, match="not connected"):
+        pull(rank, owner, blocks([4], [4]))
+    for _ in range(2):
+        rank.mover.connect(owner.as_peer)
+        rank.mover.connect(owner.as_peer)
+        assert pull(rank, owner, blocks([4], [4])) == [True]
+        rank.mover.forget(agent)
+        rank.mover.forget(agent)
+        with pytest.raises(TransferError, match="not connected"):
+            pull(rank, owner, blocks([4], [4]))
+
+
+def test_a_peer_that_left_cannot_be_read_and_another_can(hall: Hall) -> None:
+    rank, owner, other = hall.rank(), hall.mortal_owner(), hall.owner()
+    rank.mover.connect(owner.as_peer)
+    rank.mover.connect(other.as_peer)
+    other.save(6, [4], [4])
+    owner.close()
+    with pytest.raises(TransferError):
+        pull(rank, owner, blocks([4], [4]))
+    assert pull(rank, other, blocks([4], [4])) == [True]
+
+
+# -- peers that fail, in processes of their own -------------------------------------------------
+
+
+def test_a_killed_peer_fails_the_pull_in_time_and_a_new_one_can_be_read(nixl: Hall) -> None:
+    rank, owner = nixl.rank(), nixl.process()
+    owner.save(5, [4], [4])
+    rank.mover.connect(owner.as_peer)
+    assert pull(rank, owner, blocks([4], [4])) == [True]
+    owner.kill()
+
+    began = time.monotonic()
+    with pytest.raises(TransferError):
+        pull(rank, owner, blocks([4], [4]), seconds=1.0)
+    assert time.monotonic() - began < 1.0 + QUIET_SECONDS + 2.0
+    with pytest.raises(TransferError):
+        rank.mover.connect(owner.as_peer)
+
+    new = nixl.process()
+    new.save(6, [4], [4])
+    rank.mover.connect(new.as_peer)
+    assert pull(rank, new, blocks([4], [4])) == [True]
+    assert rank.block(4) == new.block(4)
+
+
+def test_a_peer_stopped_for_long_writes_nothing_late_and_is_read_again_afterwards(
+    nixl: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbm_service.adapters.nixl_mover.CONNECT_SECONDS", 0.2)
+    rank, owner = nixl.rank(), nixl.process()
+    owner.save(5, [4], [4])
+    owner.stop()
+    with pytest.raises(TransferError):
+        rank.mover.connect(owner.as_peer)
+    with pytest.raises(TransferError):
+        pull(rank, owner, blocks([4], [4]), seconds=0.2)
+    rank.fill_pool(seed=0)
+    empty = rank.block(4)
+
+    owner.go_on()
+    owner.save(5, [6], [6])  # the owner has come round: it answers
+    rank.mover.connect(owner.as_peer)
+    assert pull(rank, owner, blocks([6], [6])) == [True]
+    assert rank.block(6) == owner.block(6)
+    assert rank.block(4) == empty, "a read that was given up wrote late"
+    assert pull(rank, owner, blocks([4], [4])) == [True]
+
+
+def test_a_pull_that_ends_after_its_deadline_is_thrown_away(
+    nixl: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp,self")  # the owner's own CPU serves each read
+    monkeypatch.setattr("kvbm_service.adapters.nixl_reader.QUIET_SECONDS", SECONDS)
+    rank, owner = nixl.rank(), nixl.process()
+    owner.save(5, [4], [4])
+    rank.mover.connect(owner.as_peer)
+    owner.stop()
+    waker = threading.Timer(0.5, owner.go_on)
+    waker.start()
+    with pytest.raises(TransferError, match="took too long"):
+        pull(rank, owner, blocks([4], [4]), seconds=0.1)
+    waker.join()
+    assert pull(rank, owner, blocks([4], [4])) == [True]
+    assert rank.block(4) == owner.block(4)
