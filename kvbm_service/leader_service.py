@@ -36,7 +36,7 @@ from kvbm_schemas.step import StepCommands, StepResults
 from kvbm_schemas.subjects import REGISTRY_NODE, Scope
 from kvbm_service.adapters.bus import Bus, Delivery
 from kvbm_service.adapters.directory import Change, Membership, OnChange, Watch
-from kvbm_service.core.effects import AskOwner, AskRegistry, Effect, GiveBack, Publish
+from kvbm_service.core.effects import Announce, AskOwner, AskRegistry, Effect, GiveBack, Publish
 from kvbm_service.core.leader import Leader, Limits
 from kvbm_service.core.roster import Roster
 from kvbm_service.errors import BusError, BusUnavailable, DirectoryError, LayoutError, RanksMissing
@@ -282,7 +282,7 @@ class _BusSide:
         self._network: Network | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._woken = asyncio.Event()
-        self._outgoing: asyncio.Queue[Publish | GiveBack] = asyncio.Queue(maxsize=8192)
+        self._outgoing: asyncio.Queue[Publish | Announce | GiveBack] = asyncio.Queue(maxsize=8192)
         self._questions = 0
         self._warned: set[str] = set()
 
@@ -308,7 +308,7 @@ class _BusSide:
     def carry_out(self, effects: list[Effect]) -> None:
         """Do what the core wants done. What cannot be done now counts as lost."""
         for effect in effects:
-            if isinstance(effect, Publish | GiveBack):
+            if isinstance(effect, Publish | Announce | GiveBack):
                 if not self._outgoing.full():
                     self._outgoing.put_nowait(effect)
             elif self._tasks is None or self._questions >= MAX_QUESTIONS:
@@ -324,6 +324,8 @@ class _BusSide:
             effect = await self._outgoing.get()
             if isinstance(effect, Publish):
                 await self._publish(self._subject("events"), effect.event)
+            elif isinstance(effect, Announce):
+                await self._publish(self._subject("loads"), effect.loaded)
             else:
                 subject = self._leader.scope.of(effect.node, "release")
                 await self._publish(subject, Release(lease=effect.lease))

@@ -31,7 +31,7 @@ from kvbm_schemas.step import (
 )
 from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters.affinity import use_every_cpu
-from kvbm_service.adapters.mover import Blocks, Fence, Mask, Mover, RemoteSlab
+from kvbm_service.adapters.mover import Blocks, Fence, Indices, Mask, Mover, RemoteSlab
 from kvbm_service.errors import TransferError
 from kvbm_service.loop_thread import LoopThread
 from kvbm_service.network import Connect
@@ -50,8 +50,6 @@ class _LoadUnderWay:
     command: Load
     parts_left: int
     failed: list[int] = field(default_factory=list)
-    local_blocks: int = 0
-    remote_blocks: int = 0
     reason: str = ""
 
 
@@ -131,7 +129,6 @@ class WorkerService:
         self._saved: list[int] = []
         self._not_saved: list[int] = []
         self._loads: list[LoadResult] = []
-        self._remote_bytes_per_block = record.slab.slot_bytes
         self._copies = _Lane("kvbm-copies")
         self._reads = _Lane("kvbm-reads", idle=mover.progress)
         self._presence: LoopThread | None = None
@@ -210,47 +207,35 @@ class WorkerService:
         fence: Fence,
     ) -> None:
         blocks = _columns(part.hashes, part.fills, part.slots, part.blocks)
-        remote = isinstance(part, RemoteRead)
-        nothing = np.zeros(len(blocks.slots), dtype=np.bool_)
 
         def run() -> None:
             fence()
-            self._part_done(load, blocks, read(blocks), "a slot held something else", remote)
+            arrived = read(blocks)
+            self._part_done(load, blocks.device[~arrived], "a slot held something else")
 
-        lane.add(_Job(run, lambda why: self._part_done(load, blocks, nothing, why, remote)))
+        lane.add(_Job(run, partial(self._part_done, load, blocks.device)))
 
-    def _part_done(
-        self, load: _LoadUnderWay, blocks: Blocks, good: Mask, reason: str, remote: bool
-    ) -> None:
-        arrived = int(good.sum())
+    def _part_done(self, load: _LoadUnderWay, failed: Indices, reason: str) -> None:
         with self._lock:
-            if remote:
-                load.remote_blocks += arrived
-            else:
-                load.local_blocks += arrived
-            if arrived < len(good):
-                load.failed.extend(blocks.device[~good].tolist())
+            if len(failed):
+                load.failed.extend(failed.tolist())
                 load.reason = reason
             load.parts_left -= 1
             if load.parts_left:
                 return
-            self._loads.append(self._result(load))
-        if load.reason:
+            self._loads.append(
+                LoadResult(
+                    op=load.command.op,
+                    request=load.command.request,
+                    failed_blocks=np.array(load.failed, dtype="<u4").tobytes(),
+                    reason=load.reason[:256],
+                )
+            )
+        if load.failed:
             _log.warning(
                 "%s: %d block(s) did not arrive and will be recomputed: %s",
                 load.command.request, len(load.failed), load.reason,
             )  # fmt: skip
-
-    def _result(self, load: _LoadUnderWay) -> LoadResult:
-        return LoadResult(
-            op=load.command.op,
-            request=load.command.request,
-            failed_blocks=np.array(load.failed, dtype="<u4").tobytes(),
-            local_blocks=load.local_blocks,
-            remote_blocks=load.remote_blocks,
-            remote_bytes=load.remote_blocks * self._remote_bytes_per_block,
-            reason=load.reason[:256],
-        )
 
     def _meet(self, peer: RankRecord) -> None:
         slab = peer.slab

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvbm_schemas.events import BlockEvent
+from kvbm_schemas.events import BlockEvent, Loaded
 
 
 class Publish(NamedTuple):
     """Tell everyone."""
 
     event: BlockEvent
+
+
+class Announce(NamedTuple):
+    """Tell whoever watches."""
+
+    loaded: Loaded
 
 
 class AskRegistry(NamedTuple):
@@ -38,4 +44,4 @@ class GiveBack(NamedTuple):
     lease: str
 
 
-Effect = Publish | AskRegistry | AskOwner | GiveBack
+Effect = Publish | Announce | AskRegistry | AskOwner | GiveBack

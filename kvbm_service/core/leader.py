@@ -7,18 +7,19 @@ that never goes back. What must happen outside is left in `take_effects` and `ta
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvbm_schemas import step
 from kvbm_schemas.block import BlockHash, Tier, pack, unpack
-from kvbm_schemas.events import Beat
+from kvbm_schemas.events import Beat, Loaded, Source
 from kvbm_schemas.message import MAX_BATCH_BLOCKS
 from kvbm_schemas.records import RankRecord, TierStatus
 from kvbm_schemas.requests import Leased, Located, Refused, Segment
 from kvbm_service.core.columns import pack_u32, pack_u64, unpack_u32, unpack_u64
-from kvbm_service.core.effects import AskOwner, AskRegistry, Effect, GiveBack, Publish
+from kvbm_service.core.effects import Announce, AskOwner, AskRegistry, Effect, GiveBack, Publish
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.lease import LeaseTable
 from kvbm_service.core.peers import Peers
@@ -54,6 +55,7 @@ class LoadUnderWay:
     places: dict[int, tuple[BlockHash, str]]
     """Device block → what it gets, and from which node (empty: from here)."""
     waiting: set[int]
+    began: float
     failed: set[int] = field(default_factory=set)
 
 
@@ -79,7 +81,9 @@ class Leader:
         self.online = False
         """Whether the registry and the owners can be asked."""
         self._limits = limits
+        self._node = ranks[0].node
         self._world_size = len(ranks)
+        self._block_bytes = sum(rank.slab.slot_bytes for rank in ranks)
         self._agents = tuple(rank.agent for rank in ranks)
         self._readers: dict[str, Reader] = {}
         self._saves = Saves(len(ranks))
@@ -140,7 +144,9 @@ class Leader:
         seconds = self._limits.transfer_seconds
         command, places = _load_command(op, request, reader, computed, device_blocks, now, seconds)
         self._step.loads.append(command)
-        self._loads[op] = LoadUnderWay(request, plan, places, set(range(self._world_size)))
+        self._loads[op] = LoadUnderWay(
+            request, plan, places, set(range(self._world_size)), began=now
+        )
         reader.stage, reader.plan = Stage.LOADING, None
         reader.local_hits = max(0, min(plan.local_end, end) - computed)
         reader.remote_hits = len(device_blocks) - reader.local_hits
@@ -168,7 +174,6 @@ class Leader:
         """
         room = self._limits.held_blocks - self._saves.held_blocks - len(self._step.slots)
         dealt_with, wanted = _head_within(chain, room, self.pool)
-        self.pool.touch(chain[:dealt_with])
         op = self._step.op or self._next_op()
         indices, slots, evicted = self.pool.reserve(chain[:dealt_with], fill=op)
         if len(indices) < wanted:
@@ -448,10 +453,26 @@ class Leader:
         del self._loads[result.op]
         self._let_go(load.plan)
         self._blame(load, now)
+        self._effects.append(Announce(self._account(load, now)))
         reader = self._readers.get(load.request)
         if reader is not None and reader.stage is Stage.LOADING:
             reader.stage = Stage.SPENT if load.failed else Stage.IDLE
             reader.segments = ()
+
+    def _account(self, load: LoadUnderWay, now: float) -> Loaded:
+        """How the load went, and where its blocks came from."""
+        arrived = Counter(
+            node for block, (_, node) in load.places.items() if block not in load.failed
+        )
+        return Loaded(
+            request=load.request[:256],
+            sources=tuple(
+                Source(node or self._node, Tier.HOST, blocks, blocks * self._block_bytes)
+                for node, blocks in arrived.items()
+            ),
+            failed=len(load.failed),
+            seconds=now - load.began,
+        )
 
     def _blame(self, load: LoadUnderWay, now: float) -> None:
         """Own blocks that could not be read are forgotten; a node that failed is left alone."""

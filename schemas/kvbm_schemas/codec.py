@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from kvbm_schemas.events import BlockEvent
+from kvbm_schemas.events import BlockEvent, Loaded
 from kvbm_schemas.message import MAX_MESSAGE_BYTES, Message
 from kvbm_schemas.records import DirectoryRecord
 from kvbm_schemas.requests import (
@@ -26,6 +26,7 @@ M = TypeVar("M")
 
 AnyMessage = (
     BlockEvent
+    | Loaded
     | Lookup
     | Located
     | Locate

@@ -6,8 +6,12 @@ only under its own name thereby makes forging impossible. Order is (epoch, seq).
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
 from kvbm_schemas.block import HASH_BYTES, Tier
-from kvbm_schemas.message import BlockHashes, Epoch, Message, Seq, check_packed
+from kvbm_schemas.message import BlockHashes, Epoch, Message, Seq, Token, check_packed
 
 
 class Stored(Message, frozen=True):
@@ -46,6 +50,25 @@ class Beat(Message, frozen=True):
 
     epoch: Epoch
     seq: Seq
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where some of a load's blocks came from: a tier of the loading node itself, or of another."""
+
+    node: Token
+    tier: Tier
+    blocks: int
+    bytes: int
+
+
+class Loaded(Message, frozen=True):
+    """A load into an engine has ended. For whoever watches: nobody's state depends on it."""
+
+    request: Annotated[str, msgspec.Meta(max_length=256)]
+    sources: Annotated[tuple[Source, ...], msgspec.Meta(max_length=64)]
+    failed: int = 0
+    """Blocks that did not arrive and are computed instead."""
+    seconds: float = 0.0
 
 
 BlockEvent = Stored | Removed | Cleared | Beat

@@ -70,11 +70,6 @@ class LoadResult(Message, frozen=True):
     op: int
     request: str
     failed_blocks: SlotIndices = b""
-    local_blocks: int = 0
-    """Blocks read from the own host tier, whole."""
-    remote_blocks: int = 0
-    """Blocks read from other nodes, whole."""
-    remote_bytes: int = 0
     reason: str = ""
 
 

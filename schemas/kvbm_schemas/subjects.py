@@ -5,6 +5,7 @@
 | what       | who publishes     | who listens          | payload                            |
 |------------|-------------------|----------------------|------------------------------------|
 | `events`   | the node's leader | registries, tap      | `Stored` `Removed` `Cleared` `Beat`|
+| `loads`    | the node's leader | tap                  | `Loaded`                           |
 | `lease`    | other leaders     | the node's leader    | `Acquire` → `Leased` or `Refused`  |
 | `release`  | other leaders     | the node's leader    | `Release`                          |
 | `snapshot` | registries        | the node's leader    | `Resync` → `SnapshotChunk` …       |
