@@ -1,0 +1,59 @@
+# Everything happens in .venv, in this folder; nothing is installed system-wide.
+# Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
+	&& { echo $$python; break; }; done)
+BIN := .venv/bin
+OLDER_VLLM := 0.29.0 0.31.0
+TESTS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-older test test-vllm-older check lint demo bench clean
+
+help:  ## show this list
+	@echo "kvbm-service: a distributed KV-block cache for LLM engines"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv:  ## set up .venv (the first time takes a few minutes)
+	@$(if $(PYTHON),,$(error Python 3.11 to 3.14 is needed, and none was found: install one, or name it with PYTHON=))
+	@$(PYTHON) deploy/dev/environment.py
+
+venv-older:  ## set up the older vLLM releases beside it
+	@$(if $(PYTHON),,$(error Python 3.11 to 3.14 is needed, and none was found: install one, or name it with PYTHON=))
+	@$(PYTHON) deploy/dev/environment.py --older $(OLDER_VLLM)
+
+test: venv-older  ## run every test that needs no GPU, on all vLLM releases (TESTS=path: only those)
+	@status=0; \
+	$(if $(TESTS),,$(MAKE) --no-print-directory run-older || status=1;) \
+	echo "tests on this release of vLLM"; \
+	$(BIN)/python -m pytest $(TESTS) || status=1; \
+	exit $$status
+
+test-vllm-older: venv-older run-older  ## run the connector's tests on older vLLM releases
+
+.PHONY: run-older
+run-older:
+	@status=0; \
+	for release in $(OLDER_VLLM); do \
+		echo "connector's tests on vLLM $$release"; \
+		PYTHONPATH=$(CURDIR)/.venvs/vllm-$$release $(BIN)/python -m pytest tests/connectors || status=1; \
+	done; \
+	exit $$status
+
+lint: venv  ## ruff, mypy --strict, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+check: lint test  ## lint, then test: what has to pass before a commit
+
+demo: venv  ## two vLLM engines share a prompt's KV blocks
+	@$(BIN)/kvbm demo
+
+bench: venv  ## every figure beside its yardstick; writes build/bench.json
+	@$(BIN)/kvbm bench
+
+clean:  ## remove the virtual environments, caches and build outputs
+	rm -rf .venv .venvs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
