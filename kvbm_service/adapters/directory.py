@@ -1,4 +1,4 @@
-"""The directory port: who takes part, under leases. And the in-memory adapter.
+"""The directory port: who takes part, under leases.
 
 A record lives as long as its owner keeps beating. Keys are subject tokens joined by dots:
 `<namespace>.<fingerprint>.<node>` for a leader, the same with `.<rank>` for a worker.

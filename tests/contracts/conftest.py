@@ -1,0 +1,190 @@
+"""What the bus and directory contracts run on: the in-memory adapters, and a real nats-server."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from kvbm_service.adapters.bus import Bus
+from kvbm_service.adapters.leased_records import LeasedRecords
+from kvbm_service.adapters.memory_bus import Hub, MemoryBus
+from kvbm_service.adapters.memory_directory import MemoryDirectory, Records
+from kvbm_service.adapters.nats_bus import NatsBus
+from kvbm_service.adapters.nats_directory import NatsDirectory
+from kvbm_service.adapters.nats_server import EmbeddedNats
+
+PATIENCE_SECONDS = 30.0
+"""No test waits longer for anything, and none needs nearly as long on a machine of its own."""
+LEASE_SECONDS = 1.5
+
+
+async def eventually(condition: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait until `condition` holds; fail if it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture(name="eventually")
+def _eventually() -> Callable[..., object]:
+    return eventually
+
+
+@pytest.fixture
+def nats_server(tmp_path: Path) -> Iterator[EmbeddedNats]:
+    with EmbeddedNats(store_dir=tmp_path / "nats") as server:
+        yield server
+
+
+class BusWorld(Protocol):
+    """Buses that hear each other, and outages that befall all of them."""
+
+    async def open(self) -> Bus: ...
+
+    async def lose(self) -> None: ...
+
+    async def recover(self) -> None: ...
+
+
+class MemoryBusWorld:
+    def __init__(self) -> None:
+        self._hub = Hub()
+        self.buses: list[MemoryBus] = []
+
+    async def open(self) -> MemoryBus:
+        self.buses.append(MemoryBus(self._hub))
+        return self.buses[-1]
+
+    async def lose(self) -> None:
+        for bus in self.buses:
+            bus.cut()
+
+    async def recover(self) -> None:
+        for bus in self.buses:
+            bus.heal()
+
+
+class NatsBusWorld:
+    def __init__(self, server: EmbeddedNats) -> None:
+        self._server = server
+        self.buses: list[NatsBus] = []
+
+    async def open(self) -> NatsBus:
+        self.buses.append(await NatsBus.connect(self._server.url))
+        return self.buses[-1]
+
+    async def lose(self) -> None:
+        self._server.kill()
+        await eventually(lambda: not any(bus.connected for bus in self.buses))
+
+    async def recover(self) -> None:
+        await asyncio.to_thread(self._server.start)
+        await eventually(lambda: all(bus.connected for bus in self.buses))
+
+
+@pytest.fixture(params=["memory", "nats"])
+async def buses(request: pytest.FixtureRequest) -> AsyncIterator[BusWorld]:
+    world: MemoryBusWorld | NatsBusWorld
+    if request.param == "memory":
+        world = MemoryBusWorld()
+    else:
+        world = NatsBusWorld(request.getfixturevalue("nats_server"))
+    yield world
+    for bus in world.buses:
+        await bus.close()
+
+
+class DirectoryWorld(Protocol):
+    """Directories that see each other, each as if in a process of its own."""
+
+    async def open(self) -> LeasedRecords: ...
+
+    async def crash(self, directory: LeasedRecords) -> None:
+        """The process that uses `directory` ends, without a word."""
+        ...
+
+    async def lose(self) -> None:
+        """Nobody can reach the directory."""
+        ...
+
+    async def recover(self, *, wiped: bool = False) -> None: ...
+
+
+class MemoryDirectoryWorld:
+    def __init__(self) -> None:
+        self._records = Records(LEASE_SECONDS)
+        self._directories: list[MemoryDirectory] = []
+
+    async def open(self) -> MemoryDirectory:
+        self._directories.append(MemoryDirectory(self._records))
+        return self._directories[-1]
+
+    async def crash(self, directory: LeasedRecords) -> None:
+        assert isinstance(directory, MemoryDirectory)
+        self._directories.remove(directory)
+        directory.cut()
+
+    async def lose(self) -> None:
+        for directory in self._directories:
+            directory.cut()
+
+    async def recover(self, *, wiped: bool = False) -> None:
+        if wiped:
+            self._records.wipe()
+        for directory in self._directories:
+            directory.heal()
+
+    async def close(self) -> None:
+        for directory in self._directories:
+            await directory.close()
+
+
+class NatsDirectoryWorld:
+    def __init__(self, server: EmbeddedNats, store_dir: Path) -> None:
+        self._server = server
+        self._store_dir = store_dir
+        self._opened: dict[NatsDirectory, NatsBus] = {}
+
+    async def open(self) -> NatsDirectory:
+        bus = await NatsBus.connect(self._server.url)
+        directory = NatsDirectory(bus, lease_seconds=LEASE_SECONDS)
+        self._opened[directory] = bus
+        return directory
+
+    async def crash(self, directory: LeasedRecords) -> None:
+        assert isinstance(directory, NatsDirectory)
+        await self._opened[directory].close()
+
+    async def lose(self) -> None:
+        self._server.kill()
+        await eventually(lambda: not any(bus.connected for bus in self._opened.values()))
+
+    async def recover(self, *, wiped: bool = False) -> None:
+        if wiped:
+            shutil.rmtree(self._store_dir)
+        await asyncio.to_thread(self._server.start)
+
+    async def close(self) -> None:
+        for directory, bus in self._opened.items():
+            await directory.close()
+            await bus.close()
+
+
+@pytest.fixture(params=["memory", "nats"])
+async def directories(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[DirectoryWorld]:
+    if request.param == "memory":
+        world: MemoryDirectoryWorld | NatsDirectoryWorld = MemoryDirectoryWorld()
+    else:
+        server = request.getfixturevalue("nats_server")
+        world = NatsDirectoryWorld(server, tmp_path / "nats")
+    yield world
+    await world.close()
