@@ -63,7 +63,8 @@ class Peers:
 
     def shun(self, node: str, now: float) -> None:
         """`node` failed us: leave it alone for a while."""
-        self._shunned[node] = now + SHUN_SECONDS
+        if node in self._leaders:
+            self._shunned[node] = now + SHUN_SECONDS
 
     def take_news(self) -> tuple[tuple[RankRecord, ...], tuple[str, ...]]:
         """Ranks that came, and agents that went, since the last call."""

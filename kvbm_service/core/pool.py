@@ -92,8 +92,11 @@ class Pool:
     def reserve(self, chain: Sequence[BlockHash], fill: int) -> Reservation:
         """Take slots for the blocks of `chain` that are not here, in order, evicting as needed.
 
-        Takes as many as there is room for; blocks already here are left alone.
+        Takes as many as there is room for; blocks of the chain that are here already count as
+        just used, and are not evicted for its others.
         """
+        self.touch(chain)
+        spared = set(chain)
         indices: list[int] = []
         slots: list[int] = []
         evicted: list[BlockHash] = []
@@ -102,11 +105,9 @@ class Pool:
                 continue
             if self._free:
                 slot = self._free.pop()
-            elif self._idle:
-                slot, _ = self._idle.popitem(last=False)
-                victim = self._names[slot]
-                assert victim is not None
-                del self._ready[victim]
+            elif (victim := self._next_victim()) is not None and victim not in spared:
+                slot = self._ready.pop(victim)
+                del self._idle[slot]
                 evicted.append(victim)
             else:
                 break
@@ -116,6 +117,9 @@ class Pool:
             indices.append(index)
             slots.append(slot)
         return Reservation(indices, slots, evicted)
+
+    def _next_victim(self) -> BlockHash | None:
+        return self._names[next(iter(self._idle))] if self._idle else None
 
     def commit(self, slots: Sequence[int]) -> list[BlockHash]:
         """The bytes of these slots are in place: their blocks can be read now.
