@@ -11,7 +11,6 @@ import numpy as np
 
 from kvbm_service.adapters.host_tier import HostTier
 from kvbm_service.adapters.mover import Blocks, Fence, Mask, RemoteSlab
-from kvbm_service.adapters.slab import Headers
 from kvbm_service.errors import TransferError
 
 _here: dict[str, HostTier] = {}
@@ -52,8 +51,8 @@ class MemcpyMover:
         self._tier.check_pull(blocks, peer)
         if not len(blocks.slots):
             return np.zeros(0, np.bool_)
-        self._tier.fill_from(self._tier_of(agent).slab.base, blocks)
-        return self._tier.arrived(self._headers_of(agent, blocks), blocks)
+        self._read(agent, blocks)
+        return self._tier.arrived(self._tier_of(agent).slab.read_headers(blocks.slots), blocks)
 
     def progress(self) -> None:
         """Nothing to do."""
@@ -62,8 +61,8 @@ class MemcpyMover:
         del _here[self.agent]
         self._tier.close()
 
-    def _headers_of(self, agent: str, blocks: Blocks) -> Headers:
-        return self._tier_of(agent).slab.read_headers(blocks.slots)
+    def _read(self, agent: str, blocks: Blocks) -> None:
+        self._tier.fill_from(self._tier_of(agent).slab.base, blocks)
 
     def _tier_of(self, agent: str) -> HostTier:
         try:

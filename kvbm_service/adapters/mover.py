@@ -64,8 +64,8 @@ class Mover(Protocol):
     """Moves blocks. Calls block the calling thread and release the GIL.
 
     Three threads may call at the same time: the engine's calls `mark`; one of ours calls
-    `save` and `load`; one of ours calls `connect`, `forget`, `pull`. `progress` is called by
-    either of ours, never by both. `close` comes when all of them are done.
+    `save` and `load`; one of ours calls `connect`, `forget`, `pull` and `progress`. `close`
+    comes when all of them are done.
     """
 
     @property

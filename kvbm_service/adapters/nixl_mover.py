@@ -19,7 +19,6 @@ import numpy as np
 from kvbm_service.adapters.host_tier import HostTier
 from kvbm_service.adapters.mover import Blocks, Fence, Mask, RemoteSlab
 from kvbm_service.adapters.nixl_reader import Reader, Unquiet, destroy, new_agent
-from kvbm_service.adapters.slab import Headers
 from kvbm_service.errors import TransferError
 
 CONNECT_SECONDS = 2.0
@@ -81,8 +80,8 @@ class NixlMover:
             return np.zeros(0, np.bool_)
         try:
             self._reader.attach(peer)
-            self._reader.read_blocks(agent, blocks.slots, blocks.device, deadline)
-            headers = self._headers_of(agent, blocks, deadline)
+            self._read(agent, blocks, deadline)
+            headers = self._reader.read_headers(agent, blocks.slots, deadline)
         except Unquiet:
             self._replace_reader()
             raise
@@ -98,11 +97,12 @@ class NixlMover:
         destroy(self._server)
         self._tier.close()
 
-    def _headers_of(self, agent: str, blocks: Blocks, deadline: float) -> Headers:
-        return self._reader.read_headers(agent, blocks.slots, deadline)
+    def _read(self, agent: str, blocks: Blocks, deadline: float) -> None:
+        self._reader.read_blocks(agent, blocks.slots, blocks.device, deadline)
 
     def _new_reader(self) -> Reader:
-        return Reader(f"{self.agent}-{next(self._lives)}", self._tier.regions, self._device_id)
+        name = f"{self.agent}-{next(self._lives)}"
+        return Reader(name, self._tier.regions, self._device_id, self.progress)
 
     def _replace_reader(self) -> None:
         self._reader.discard()

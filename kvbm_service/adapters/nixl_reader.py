@@ -14,16 +14,17 @@ any more. So the rule is: a transfer that is not DONE ends with `discard`. Nobod
 this agent (peers read from another one, see nixl_mover.py), so it costs us only the
 time to make a new one and to connect again.
 
-NIXL is slow to notice some deaths and never notices a stopped peer, so each read has a
-deadline. After it we go on polling for QUIET_SECONDS: discarding while a stopped peer
-is half way through *sending* (TCP only; it is not involved otherwise) makes UCX abort the
-peer's process when it wakes up, so a stall shorter than that must not lead to it.
+NIXL never notices a stopped peer, so each read has a deadline. After it we go on polling for
+QUIET_SECONDS, because of TCP: there the peer's UCX serves each read in software, and aborts
+the peer's whole process when it finds a read to serve whose reader is gone (seen with
+1 MiB blocks; tiny ones fit into the socket). A stall shorter than that must not lead to it.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import nixl._bindings
@@ -79,9 +80,20 @@ class _Attached(NamedTuple):
 
 
 class Reader:
-    """Reads slabs into `regions` of device `device_id` (None: ordinary memory)."""
+    """Reads slabs into `regions` of device `device_id` (None: ordinary memory).
 
-    def __init__(self, name: str, regions: list[Region], device_id: int | None) -> None:
+    `meanwhile` is called again and again while a transfer is under way: two ranks that read
+    from each other at the same time must also serve each other.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        regions: list[Region],
+        device_id: int | None,
+        meanwhile: Callable[[], None],
+    ) -> None:
+        self._meanwhile = meanwhile
         self._agent = new_agent(name)
         self._attached: dict[str, _Attached] = {}
         self._handles: list[Any] = []
@@ -217,6 +229,7 @@ class Reader:
             if now > deadline + QUIET_SECONDS:
                 return "time ran out"
             if now > spin_until:
+                self._meanwhile()
                 time.sleep(POLL_SECONDS)
 
 

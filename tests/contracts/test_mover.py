@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,7 +15,6 @@ from kvbm_service.adapters.memcpy_mover import MemcpyMover
 from kvbm_service.adapters.mover import Blocks
 from kvbm_service.adapters.nixl_mover import NixlMover
 from kvbm_service.adapters.nixl_reader import QUIET_SECONDS
-from kvbm_service.adapters.slab import Headers
 from kvbm_service.errors import TransferError
 from tests.contracts.mover_owner import LocalOwner, OwnerProcess
 from tests.contracts.mover_rank import LAYOUTS, Kind, Rank, blocks, name
@@ -205,13 +205,13 @@ def test_a_slot_reused_while_it_is_read_is_refused(
     rank, owner = hall.rank(), hall.owner()
     owner.save(5, [4, 5], [4, 5])
     rank.mover.connect(owner.as_peer)
-    read_headers: Callable[..., Headers] = rank.mover._headers_of
+    read: Callable[..., None] = rank.mover._read
 
-    def after_the_data(*args: Any) -> Headers:
+    def read_and_lose_the_race(*args: Any) -> None:
+        read(*args)
         owner.stamp(5, name(5), fill=2)
-        return read_headers(*args)
 
-    monkeypatch.setattr(rank.mover, "_headers_of", after_the_data)
+    monkeypatch.setattr(rank.mover, "_read", read_and_lose_the_race)
     assert pull(rank, owner, blocks([4, 5], [4, 5])) == [True, False]
 
 
@@ -288,9 +288,11 @@ def test_a_killed_peer_fails_the_pull_in_time_and_a_new_one_can_be_read(nixl: Ha
     assert rank.block(4) == new.block(4)
 
 
+@pytest.mark.parametrize("transports", ["all", "tcp,self"])
 def test_a_peer_stopped_for_long_writes_nothing_late_and_is_read_again_afterwards(
-    nixl: Hall, monkeypatch: pytest.MonkeyPatch
+    nixl: Hall, monkeypatch: pytest.MonkeyPatch, transports: str
 ) -> None:
+    monkeypatch.setenv("UCX_TLS", transports)
     monkeypatch.setattr("kvbm_service.adapters.nixl_mover.CONNECT_SECONDS", 0.2)
     rank, owner = nixl.rank(), nixl.process()
     owner.save(5, [4], [4])
@@ -309,6 +311,31 @@ def test_a_peer_stopped_for_long_writes_nothing_late_and_is_read_again_afterward
     assert rank.block(6) == owner.block(6)
     assert rank.block(4) == empty, "a read that was given up wrote late"
     assert pull(rank, owner, blocks([4], [4])) == [True]
+
+
+@pytest.mark.parametrize("transports", ["all", "tcp,self"])
+def test_two_ranks_that_read_from_each_other_at_once_serve_each_other_meanwhile(
+    nixl: Hall, monkeypatch: pytest.MonkeyPatch, transports: str
+) -> None:
+    monkeypatch.setenv("UCX_TLS", transports)
+    ranks = [nixl.rank(), nixl.rank()]
+    for rank in ranks:
+        rank.fill_pool(seed=1)
+        rank.mover.save(blocks([4], [4]))
+    both_ready = threading.Barrier(2)
+
+    def read_the_other(rank: Rank, other: Rank) -> list[bool]:
+        both_ready.wait()
+        rank.mover.connect(other.as_peer)
+        arrived = rank.mover.pull(other.as_peer.agent, blocks([4], [5]), SECONDS).tolist()
+        for _ in range(200):  # as a worker does when it has nothing else to do
+            rank.mover.progress()
+            time.sleep(0.001)
+        return arrived
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(read_the_other, ranks, ranks[::-1])) == [[True], [True]]
+    assert ranks[0].block(5) == ranks[1].block(4)
 
 
 def test_a_pull_that_ends_after_its_deadline_is_thrown_away(
