@@ -292,7 +292,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         Setting(
             "KVBM_MEMBERSHIP_SECONDS",
-            number(0.1, 3600, "seconds"),
+            number(0.5, 3600, "seconds"),
             "After how long a silent node counts as gone.",
         ),
     ] = 10.0
@@ -324,11 +324,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for notice in resolved.notices:
             _warn_once(notice)
         return typing.cast(Self, resolved.settings)
-
-    @property
-    def nats_servers(self) -> list[str]:
-        """The URLs in `nats_url`."""
-        return self.nats_url.split(",")
 
     def __repr__(self) -> str:
         shown = (

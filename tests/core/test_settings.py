@@ -243,9 +243,9 @@ def test_no_name_is_both_a_setting_and_unused() -> None:
     assert not set(NOT_USED_YET) & {setting.variable for setting in TABLE.values()}
 
 
-def test_a_server_without_scheme_gets_one_and_several_are_a_list() -> None:
+def test_a_server_without_scheme_gets_one_and_several_stay_several() -> None:
     settings = Settings.load({"KVBM_NATS_URL": "one:4222, tls://two:4223 ,nats://[::1]:4222"})
-    assert settings.nats_servers == ["nats://one:4222", "tls://two:4223", "nats://[::1]:4222"]
+    assert settings.nats_url == "nats://one:4222,tls://two:4223,nats://[::1]:4222"
 
 
 @pytest.mark.parametrize(

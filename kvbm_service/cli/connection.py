@@ -1,0 +1,48 @@
+"""Connections of a command: opened from the settings, closed when it ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from kvbm_service.adapters.directory import Directory
+from kvbm_service.settings import Settings
+
+if TYPE_CHECKING:
+    from kvbm_service.adapters.nats_bus import NatsBus
+
+_adapters_log = logging.getLogger("kvbm_service.adapters")
+
+
+@asynccontextmanager
+async def open_bus(settings: Settings) -> AsyncIterator[NatsBus]:
+    """A bus that is connected: a command, unlike a service, does not wait for NATS to appear.
+
+    Raises:
+        BusUnavailable: NATS cannot be reached, or refuses us.
+    """
+    from kvbm_service.adapters.nats_bus import NatsBus
+
+    level = _adapters_log.level
+    _adapters_log.setLevel(logging.ERROR)  # the error says it already, in one line
+    bus = await NatsBus.connect(settings.nats_url, settings.nats_credentials, name="kvbm command")
+    try:
+        assert bus.client is not None  # raises, with the reason, when there is no connection
+        _adapters_log.setLevel(level)
+        yield bus
+    finally:
+        await bus.close()
+
+
+@asynccontextmanager
+async def open_directory(settings: Settings, bus: NatsBus) -> AsyncIterator[Directory]:
+    """The directory of the cluster that `bus` belongs to."""
+    from kvbm_service.adapters.nats_directory import NatsDirectory
+
+    directory = NatsDirectory(bus, lease_seconds=settings.membership_seconds)
+    try:
+        yield directory
+    finally:
+        await directory.close()
