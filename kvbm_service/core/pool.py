@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from kvbm_schemas.block import BlockHash
@@ -73,11 +74,12 @@ class Pool:
 
     def match(self, chain: Sequence[BlockHash], start: int = 0) -> int:
         """The end of the run of readable blocks that begins at `start`."""
-        ready = self._ready
-        for index in range(start, len(chain)):
-            if chain[index] not in ready:
-                return index
-        return max(start, len(chain))
+        end = start
+        for block in islice(chain, start, None):
+            if block not in self._ready:
+                break
+            end += 1
+        return end
 
     def blocks(self) -> list[BlockHash]:
         """Every readable block."""
@@ -154,24 +156,26 @@ class Pool:
     def pin(self, chain: Iterable[BlockHash]) -> list[int]:
         """Keep these readable blocks where they are. Returns their slots."""
         slots = [self._ready[block] for block in chain]
+        pins, idle = self._pins, self._idle
         for slot in slots:
-            if self._pins[slot] == 0:
-                del self._idle[slot]
+            if not pins[slot]:
+                del idle[slot]
                 self._pinned += 1
-            self._pins[slot] += 1
+            pins[slot] += 1
         return slots
 
     def unpin(self, slots: Sequence[int]) -> None:
         """Undo one `pin` of each of these slots, given in chain order; they count as just used."""
+        pins, idle = self._pins, self._idle
         for slot in reversed(slots):
-            self._pins[slot] -= 1
-            if self._pins[slot]:
+            pins[slot] -= 1
+            if pins[slot]:
                 continue
             self._pinned -= 1
             if self._names[slot] is None:
                 self._free.append(slot)
             else:
-                self._idle[slot] = None
+                idle[slot] = None
 
     def touch(self, chain: Sequence[BlockHash]) -> None:
         """These blocks were just used; those that are not here do not matter."""
