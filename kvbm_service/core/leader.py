@@ -98,6 +98,7 @@ class Leader:
 
     def arrive(self, request: str, chain: list[BlockHash], now: float) -> None:
         """A request is there; start looking for its blocks."""
+        self.finish(request)
         if len(self._readers) >= MAX_READERS or not chain:
             return
         reader = self._readers[request] = Reader(chain)
@@ -147,7 +148,7 @@ class Leader:
         self._loads[op] = LoadUnderWay(
             request, plan, places, set(range(self._world_size)), began=now
         )
-        reader.stage, reader.plan = Stage.LOADING, None
+        reader.stage, reader.plan, reader.op = Stage.LOADING, None, op
         reader.local_hits = max(0, min(plan.local_end, end) - computed)
         reader.remote_hits = len(device_blocks) - reader.local_hits
 
@@ -263,7 +264,7 @@ class Leader:
         part = None
         if reader is not None and reader.stage is Stage.LEASING and reader.attempt == attempt:
             assert reader.plan is not None
-            part = next((p for p in reader.plan.parts if (p.node, p.start) == (node, start)), None)
+            part = reader.plan.unanswered(node, start)
         if part is not None:
             part.answered = True
         if not isinstance(answer, Leased):
@@ -273,6 +274,9 @@ class Leader:
         if part is None or not fits or not self.peers.knows(node, answer.agents):
             self._effects.append(GiveBack(node, answer.lease))
             return
+        assert reader is not None
+        assert reader.plan is not None
+        reader.plan.deadline = min(reader.plan.deadline, asked_at + answer.seconds / 2)
         part.grant = Grant(
             node=node,
             agents=answer.agents,
@@ -286,11 +290,12 @@ class Leader:
     def acquire(self, hashes: bytes, token: str, now: float) -> Leased | Refused:
         """Another node's leader wants to read this chain's blocks."""
         chain = unpack(hashes)
-        count = self.pool.match(chain)
-        if count == 0:
+        here = self.pool.match(chain)
+        if here == 0:
             return Refused(reason="not here")
         room = int(self.pool.capacity * LEASABLE_SHARE) - self.pool.pinned
-        if room < count or self.leases.full:
+        count = self.pool.pinnable(chain[:here], room)
+        if count == 0 or self.leases.full:
             return Refused(reason="too many blocks are leased or in use")
         slots = self.pool.pin(chain[:count])
         self.leases.grant(token, slots, now + self._limits.lease_seconds)
@@ -319,8 +324,9 @@ class Leader:
         """Time has passed: end what is overdue."""
         for slots in self.leases.expire(now):
             self.pool.unpin(slots)
+        kept = self._limits.lease_seconds / 4  # the engine may be about to load what it was told of
         for reader in self._readers.values():
-            if reader.plan is not None and reader.plan.deadline <= now:
+            if reader.plan is not None and reader.plan.deadline + kept <= now:
                 self._drop_plan(reader)
 
     def take_effects(self) -> list[Effect]:
@@ -455,7 +461,7 @@ class Leader:
         self._blame(load, now)
         self._effects.append(Announce(self._account(load, now)))
         reader = self._readers.get(load.request)
-        if reader is not None and reader.stage is Stage.LOADING:
+        if reader is not None and reader.stage is Stage.LOADING and reader.op == result.op:
             reader.stage = Stage.SPENT if load.failed else Stage.IDLE
             reader.segments = ()
 

@@ -81,6 +81,15 @@ class Pool:
             end += 1
         return end
 
+    def pinnable(self, chain: Sequence[BlockHash], room: int) -> int:
+        """The length of the longest head of this readable chain that pins at most `room` more."""
+        for index, block in enumerate(chain):
+            if self._pins[self._ready[block]] == 0:
+                if room <= 0:
+                    return index
+                room -= 1
+        return len(chain)
+
     def blocks(self) -> list[BlockHash]:
         """Every readable block."""
         return list(self._ready)

@@ -89,6 +89,13 @@ class Plan:
         """Whether the plan can serve a request that needs `chain[index:]`."""
         return self.start <= index <= self.end and now < self.deadline
 
+    def unanswered(self, node: str, start: int) -> Part | None:
+        """What `node` was asked for from `start` on, if it has not answered yet."""
+        for part in self.parts:
+            if (part.node, part.start) == (node, start) and not part.answered:
+                return part
+        return None
+
     @property
     def grants(self) -> list[Grant]:
         """Every lease that was given, needed or not."""
@@ -104,6 +111,8 @@ class Reader:
     attempt: int = 0
     deadline: float = 0.0
     """Of the question under way."""
+    op: int = 0
+    """Of the load under way."""
     patience: float | None = None
     """While the engine is told to ask again: when it will get an answer at the latest."""
     asked_from: int = 0
