@@ -116,7 +116,6 @@ def _node_as_data(node: Node) -> dict[str, object]:
 
 
 def _show_nodes(nodes: list[Node]) -> None:
-    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -124,9 +123,9 @@ def _show_nodes(nodes: list[Node]) -> None:
     console = Console(highlight=False)
     for scope in sorted({node.scope for node in nodes}):
         console.print(Text(f"namespace {scope.namespace} · layout {scope.fingerprint}", "bold"))
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        for heading in ("node", "epoch"):
-            table.add_column(heading, overflow="fold")
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        table.add_column("node", overflow="fold")
+        table.add_column("epoch", no_wrap=True)
         for heading in ("ranks", "tier", "used", "of", "size", "pinned", "seen"):
             table.add_column(heading, justify="right", no_wrap=True)
         for node in nodes:
@@ -134,6 +133,7 @@ def _show_nodes(nodes: list[Node]) -> None:
                 for row in _rows(node):
                     table.add_row(*(Text(cell) for cell in row))
         console.print(table)
+        console.print()
 
 
 def _rows(node: Node) -> list[list[str]]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from kvbm_service.adapters.bus import Bus
 from kvbm_service.adapters.directory import Directory
 from kvbm_service.settings import Settings
 
@@ -46,3 +47,20 @@ async def open_directory(settings: Settings, bus: NatsBus) -> AsyncIterator[Dire
         yield directory
     finally:
         await directory.close()
+
+
+@asynccontextmanager
+async def open_network(settings: Settings, name: str) -> AsyncIterator[tuple[Bus, Directory]]:
+    """A bus and a directory for a service, which waits for NATS where it is not there yet.
+
+    Raises:
+        BusUnavailable: NATS refuses us.
+    """
+    from kvbm_service.adapters.nats_bus import NatsBus
+
+    bus = await NatsBus.connect(settings.nats_url, settings.nats_credentials, name=name)
+    try:
+        async with open_directory(settings, bus) as directory:
+            yield bus, directory
+    finally:
+        await bus.close()

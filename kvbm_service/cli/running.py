@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine, Iterator
+
+LOG_SECONDS = 30.0
+"""The shortest time between two lines of the log that say how a service is doing."""
+
+_log = logging.getLogger(__name__)
 
 
 def logging_to_stderr(level: int = logging.WARNING, line: str = "kvbm: %(message)s") -> None:
@@ -17,6 +24,38 @@ def logging_to_stderr(level: int = logging.WARNING, line: str = "kvbm: %(message
 def log_as_a_service() -> None:
     """As services log: more of it, with the time."""
     logging_to_stderr(logging.INFO, "%(asctime)s %(levelname)-7s %(message)s")
+
+
+@contextlib.contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """What shows how a service is doing: a line at the bottom of a terminal, else the log.
+
+    In the log it is said when it has changed, and not more often than every `LOG_SECONDS`.
+    """
+    if not sys.stderr.isatty():
+        yield _to_the_log()
+        return
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    console = Console(stderr=True, highlight=False)
+    handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    with console.status("starting") as status:
+        yield status.update
+
+
+def _to_the_log() -> Callable[[str], None]:
+    said, said_at = "", 0.0
+
+    def show(line: str) -> None:
+        nonlocal said, said_at
+        now = time.monotonic()
+        if line != said and now >= said_at + LOG_SECONDS:
+            said, said_at = line, now
+            _log.info(line)
+
+    return show
 
 
 def run(command: Coroutine[None, None, None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -12,21 +13,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvbm_schemas.codec import encode
+from kvbm_schemas.requests import Locate
+from kvbm_schemas.subjects import REGISTRY_NODE, Scope
+from kvbm_service.adapters.bus import Bus
+from kvbm_service.cli.connection import open_network
 from kvbm_service.cli.options import Credentials, NatsUrl, read_settings
-from kvbm_service.cli.running import log_as_a_service, run
-from kvbm_service.errors import BusError
+from kvbm_service.cli.readable import size
+from kvbm_service.cli.running import log_as_a_service, run, status_line
+from kvbm_service.errors import BusError, PortTaken
 from kvbm_service.settings import Settings, mask_urls
 
 if TYPE_CHECKING:
     from kvbm_service.adapters.nats_server import EmbeddedNats
+    from kvbm_service.registry_service import RegistryStatus
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 4222
 
-STATUS_SECONDS = 2.0
-"""How often a registry on a terminal says how it is."""
-
 LOOK_SECONDS = 0.5
-"""How often `kvbm up` looks whether its nats-server is still there."""
+"""How often a service looks how it is."""
 
 
 def registry(nats_url: NatsUrl = None, credentials: Credentials = None) -> None:
@@ -89,7 +96,13 @@ async def _embedded(port: int, state_dir: Path | None) -> AsyncIterator[Embedded
     server = EmbeddedNats(port, state_dir)
     try:
         # On this very thread: the server ends with the thread that starts it.
-        server.start()
+        try:
+            server.start()
+        except PortTaken:
+            raise PortTaken(
+                f"port {port} is in use: stop what listens there, choose another with --port "
+                "(0 for a free one), or use the NATS server there with --nats-url"
+            ) from None
         yield server
     finally:
         server.close()
@@ -111,6 +124,55 @@ def _tell_how_to_connect(url: str) -> None:
 
 
 async def _serve_registry(settings: Settings, look: Callable[[], None] = lambda: None) -> None:
-    while True:
-        await asyncio.sleep(LOOK_SECONDS)
+    """Serve until cancelled. Every now and then, `look` may raise to end it."""
+    from kvbm_service.registry_service import RegistryService
+
+    async with open_network(settings, "kvbm registry") as (bus, directory):
+        service = RegistryService(bus, directory, wire=settings.wire)
+        running = asyncio.create_task(service.run())
+        try:
+            with status_line() as show:
+                await _until_it_answers(bus, settings, running, look)
+                _log.info("registry answers, on NATS at %s", mask_urls(settings.nats_url))
+                while not running.done():
+                    show(_in_words(service.status()))
+                    look()
+                    await asyncio.sleep(LOOK_SECONDS)
+            await running
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+
+async def _until_it_answers(
+    bus: Bus, settings: Settings, running: asyncio.Task[None], look: Callable[[], None]
+) -> None:
+    """Return once a registry answers questions, or ours has ended."""
+    subject = Scope(settings.namespace, "anything").of(REGISTRY_NODE, "locate")
+    while not running.done():
         look()
+        try:
+            await bus.request(subject, encode(Locate(hashes=b"")), LOOK_SECONDS)
+        except BusError:
+            await asyncio.sleep(LOOK_SECONDS / 5)
+        else:
+            return
+
+
+def _in_words(status: RegistryStatus) -> str:
+    counts = status.counts
+    parts = [
+        f"{_number(status.nodes, 'node')}",
+        f"{_number(status.blocks, 'block')} ({size(status.bytes_held)})",
+        f"{_number(counts.applied, 'event')}",
+        f"{_number(counts.lookups, 'lookup')}",
+    ]
+    if status.syncing:
+        parts.append(f"{status.syncing} syncing")
+    if counts.malformed:
+        parts.append(f"{counts.malformed} malformed")
+    return "registry: " + ", ".join(parts if status.connected else ["no NATS", *parts])
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,41 @@
+"""`kvbm demo` and `kvbm bench`: see it work, and how fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvbm_service.errors import SettingError
+
+BENCH_GROUPS = ("transfers", "leader", "registry", "engines")
+
+
+def demo() -> None:
+    """Let one vLLM engine reuse what another has computed, and show it.
+
+    Needs vLLM. The last line of the output is JSON; exit status 0 only if the tokens are identical.
+    """
+    from kvbm_service.demo.show import main
+
+    raise typer.Exit(main())
+
+
+def bench(
+    groups: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[GROUP]...", help=f"{', '.join(BENCH_GROUPS)}. Default: all."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", dir_okay=False, help="Where the rows go, as JSON.")
+    ] = Path("build/bench.json"),
+) -> None:
+    """Measure speeds, each beside a yardstick from the same run."""
+    wanted = groups or list(BENCH_GROUPS)
+    for group in wanted:
+        if group not in BENCH_GROUPS:
+            raise SettingError("GROUP", group, ", ".join(BENCH_GROUPS))
+    from kvbm_service.bench.run import run
+
+    run(wanted, output)
