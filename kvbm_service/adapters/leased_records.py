@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator
 from typing import NamedTuple, Protocol
 
 from kvbm_schemas.subjects import is_token
+from kvbm_service.adapters.background import Background
 from kvbm_service.adapters.directory import Change, Entry, OnChange
 from kvbm_service.core.liveness import Liveness
 from kvbm_service.errors import DirectoryError, NameTaken
@@ -106,7 +107,7 @@ class KeptRecord:
         self._taken = False
         self.left = False
         self._writing = asyncio.Lock()
-        self._task: asyncio.Task[None] | None = None
+        self._work: Background | None = None
 
     @property
     def alive(self) -> bool:
@@ -116,7 +117,7 @@ class KeptRecord:
     async def start(self) -> None:
         """Write the record and go on renewing it. Raises as `Directory.join`."""
         await self._write()
-        self._task = asyncio.create_task(self._renew(), name=f"lease of {self.key}")
+        self._work = Background(self._renew(), f"lease of {self.key}")
 
     async def update(self, value: bytes) -> None:
         if self.left:
@@ -126,9 +127,8 @@ class KeptRecord:
 
     async def leave(self) -> None:
         self.left = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        if self._work is not None:
+            await self._work.end()
         with contextlib.suppress(DirectoryError):
             await self._remove()
 
@@ -205,11 +205,14 @@ class Watching:
         """Value and revision of each that is alive."""
         self._full = False
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._task: asyncio.Task[None] | None = None
+        self._work: list[Background] = []
 
     async def start(self) -> None:
         """Report what is there, and go on. Raises as `Directory.watch`."""
-        self._task = asyncio.create_task(self._run(), name=f"watch of {self._prefix}*")
+        self._work = [
+            Background(self._follow(), f"watch of {self._prefix}*"),
+            Background(self._look(), f"leases in {self._prefix}*"),
+        ]
         try:
             await self._ready
         except BaseException:
@@ -217,14 +220,8 @@ class Watching:
             raise
 
     async def close(self) -> None:
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()
-            await asyncio.wait([self._task])
-
-    async def _run(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow())
-            tasks.create_task(self._look())
+        for work in self._work:
+            await work.end()
 
     async def _follow(self) -> None:
         pause = min(MAX_RETRY_SECONDS, self._store.lease_seconds / RETRIES_PER_LEASE)

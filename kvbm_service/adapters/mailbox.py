@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kvbm_service.adapters.background import Background
 from kvbm_service.adapters.bus import Delivery, Handler, Troubles
 from kvbm_service.errors import BusError, NoAnswer
 
@@ -32,7 +33,7 @@ class Mailbox:
         self._waiting_bytes = 0
         self._dropping = False
         self._closed = False
-        self._task = asyncio.create_task(self._handle_all(), name=f"mailbox {subject}")
+        self._work = Background(self._handle_all(), f"handler of {subject}")
 
     def put(self, delivery: Delivery) -> None:
         """Queue a message for the handler, or drop it when too many wait already."""
@@ -48,9 +49,7 @@ class Mailbox:
     async def close(self) -> None:
         """Drop what waits, and stop the handler unless this is called from within it."""
         self._closed = True
-        if self._task is not asyncio.current_task():
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await self._work.end()
 
     async def _handle_all(self) -> None:
         while not self._closed:

@@ -19,6 +19,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as ClientSubscription
 
+from kvbm_service.adapters.background import Background
 from kvbm_service.adapters.bus import Delivery, Handler, OnConnection, Troubles
 from kvbm_service.adapters.mailbox import Mailbox, Questions
 from kvbm_service.adapters.nats_login import (
@@ -37,13 +38,15 @@ MAX_RETRY_SECONDS = 2.0
 PING_SECONDS = 5.0
 MAX_PINGS_UNANSWERED = 2
 """A server that has not answered this many pings is taken for lost."""
-FLUSH_SECONDS = 2.0
+FLUSH_SECONDS = 5.0
 """A server that takes nothing from us for so long is taken for lost."""
-CANCEL_SECONDS = 0.1
 LOOK_SECONDS = 0.5
 """How often to look whether a connection that told us nothing is still there."""
 MAX_COMPLAINTS_LOGGED = 64
 """Different complaints of the server (a forbidden subject, say) that are logged, once each."""
+
+FAILURES = (OSError, nats.errors.Error)
+"""What nats-py raises when a connection cannot be made or used."""
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ class _Connection:
         """Connect.
 
         Raises:
-            OSError, nats.errors.Error: the first thing that went wrong.
+            The first thing that went wrong: one of FAILURES, or ValueError.
         """
         servers = [server.url for server in login.servers]
         try:
@@ -115,15 +118,20 @@ class _Connection:
                 )
             if not self.client.is_connected:
                 raise nats.errors.UnexpectedEOF
-        except (OSError, nats.errors.Error) as error:
+        except (*FAILURES, ValueError) as error:  # ValueError: what answers is not NATS
             await self.close()
             raise (self._first_error or error) from None
         self._opened = True
 
+    @property
+    def usable(self) -> bool:
+        """Whether it has not ended yet, as far as one can know."""
+        return self.client.is_connected and not self.ended.is_set()
+
     async def wait_until_ended(self) -> None:
         """Return when nothing can get through any more."""
         # nats-py does not always call back: not when its last flush to a dead socket fails.
-        while self.client.is_connected and not self.ended.is_set():
+        while self.usable:
             try:
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self.ended.wait()
@@ -134,7 +142,7 @@ class _Connection:
         """Let go of the socket. Never raises."""
         try:
             await self.client.close()
-        except (OSError, nats.errors.Error) as error:
+        except FAILURES as error:
             log.debug("closing a connection to NATS: %s", error)
         await asyncio.sleep(0)  # nats-py's tasks see their cancellation
 
@@ -162,16 +170,16 @@ class NatsBus:
         self._listeners: dict[OnConnection, None] = {}
         self._subscriptions: dict[NatsSubscription, None] = {}
         self._questions = Questions(f"_INBOX.{secrets.token_hex(11)}")
-        self._client: Client | None = None
+        self._connection: _Connection | None = None
         """What subscriptions are put on."""
-        self._live_on: Client | None = None
-        """The same, once all of them are."""
+        self._live = False
+        """Whether all of them are."""
         self._absence = f"not connected to NATS at {login} yet"
         self._refused = False
         self._logged: set[bool] = set()
         """What this outage has logged: that we are away (False), that we are refused (True)."""
         self._tried = asyncio.Event()
-        self._task = asyncio.create_task(self._stay_connected(), name="nats connection")
+        self._work = Background(self._stay_connected(), "connection to NATS")
 
     @classmethod
     async def connect(cls, url: str, credentials: str = "", name: str = "kvbm") -> NatsBus:
@@ -198,7 +206,7 @@ class NatsBus:
 
     @property
     def connected(self) -> bool:
-        return self._live_on is not None and self._live_on.is_connected
+        return self._live and self._connection is not None and self._connection.usable
 
     @property
     def troubles(self) -> Troubles:
@@ -211,9 +219,9 @@ class NatsBus:
         Raises:
             BusUnavailable: not connected.
         """
-        if self._live_on is None or not self._live_on.is_connected:
+        if self._connection is None or not self.connected:
             raise BusUnavailable(self._absence)
-        return self._live_on
+        return self._connection.client
 
     def on_connection(self, listener: OnConnection) -> Callable[[], None]:
         self._listeners[listener] = None
@@ -248,8 +256,8 @@ class NatsBus:
         mailbox = Mailbox(subject, handler, self._troubles)
         subscription = NatsSubscription(self, subject, mailbox, queue)
         self._subscriptions[subscription] = None
-        if self._client is not None and self._client.is_connected:
-            await self._make_live(self._client, subscription)
+        if self._connection is not None and self._connection.usable:
+            await self._put_on(self._connection, subscription)
         return subscription
 
     def forget(self, subscription: NatsSubscription) -> None:
@@ -260,13 +268,10 @@ class NatsBus:
         if self.connected:
             try:
                 await self.client.flush(FLUSH_SECONDS)  # type: ignore[arg-type]
-            except (OSError, nats.errors.Error) as error:
+            except FAILURES as error:
                 log.debug("flushing to NATS before closing: %s", error)
         self._absence = "the bus is closed"
-        while not self._task.done():
-            # More than once: nats-py swallows cancellations in places.
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=CANCEL_SECONDS)
+        await self._work.end()
         for subscription in list(self._subscriptions):
             await subscription.close()
 
@@ -278,7 +283,7 @@ class NatsBus:
             try:
                 await self._open(connection)
                 pause = FIRST_RETRY_SECONDS
-                await self._live(connection)
+                await self._use(connection)
             except BusUnavailable as error:
                 self._absence = str(error)
                 if self._refused and not self._tried.is_set():
@@ -297,35 +302,40 @@ class NatsBus:
             await connection.client.subscribe(f"{self._questions.inbox}.*", cb=self._take_answer)
         except SettingError as error:
             raise BusUnavailable(str(error)) from error
-        except (OSError, nats.errors.Error) as error:
+        except (*FAILURES, ValueError) as error:
             raise BusUnavailable(self._explain(error)) from error
 
-    async def _live(self, connection: _Connection) -> None:
+    async def _use(self, connection: _Connection) -> None:
         """What happens between connecting and losing the connection."""
-        self._client = connection.client
+        self._connection = connection
         try:
-            await self._make_live(connection.client, *self._subscriptions)
-            self._live_on = connection.client
-            log.info("connected to NATS at %s", self._login)
-            self._logged.clear()
-            self._tell(connected=True)
-            self._tried.set()
+            await self._put_on(connection, *self._subscriptions)
+            if connection.usable:
+                self._live = True
+                self._logged.clear()
+                log.info("connected to NATS at %s", self._login)
+                self._tell(connected=True)
+                self._tried.set()
             await connection.wait_until_ended()
             self._lost(f"lost the connection to NATS at {self._login}")
         finally:
-            was_live, self._client, self._live_on = self._live_on, None, None
+            was_live, self._live, self._connection = self._live, False, None
             self._questions.fail(BusUnavailable(self._absence))
-            if was_live is not None:
+            if was_live:
                 self._tell(connected=False)
 
-    async def _make_live(self, client: Client, *subscriptions: NatsSubscription) -> None:
+    async def _put_on(self, connection: _Connection, *subscriptions: NatsSubscription) -> None:
+        """Make subscriptions live, and wait until the server knows of them."""
         try:
             for subscription in subscriptions:
-                await subscription.attach(client)
+                await subscription.attach(connection.client)
             await asyncio.sleep(0)  # our SUBs leave before the PING whose PONG we wait for
-            await client.flush(FLUSH_SECONDS)  # type: ignore[arg-type]
-        except (OSError, nats.errors.Error) as error:
-            log.debug("subscribing: %s", error)  # the next connection will have them
+            await connection.client.flush(FLUSH_SECONDS)  # type: ignore[arg-type]
+        except FAILURES as error:
+            # The next connection will have them. This one is spoilt: nats-py stops reading
+            # at a PONG for which nobody waits any more.
+            log.debug("subscribing: %s", error)
+            connection.ended.set()
 
     async def _take_answer(self, message: Msg) -> None:
         question = self._questions.find(message.subject)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,7 +140,7 @@ async def test_many_answers_arrive_in_order_until_the_asker_has_enough(buses: Bu
 
     await other.subscribe("stream", stream)
     seen = []
-    async with aclosing(one.request_many("stream", b"", 10.0)) as answers:
+    async with contextlib.aclosing(one.request_many("stream", b"", 10.0)) as answers:
         async for answer in answers:
             seen.append(answer)
             if len(seen) == 5:
@@ -407,6 +407,40 @@ async def test_a_server_that_comes_back_with_another_password_is_told_once(
                     await bus.publish("x", b"")
         finally:
             await bus.close()
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"INFO {\r\n", b"INFO {}\r\n", b"x" * 200_000],
+    ids=["nothing", "http", "broken", "empty", "endless"],
+)
+async def test_what_answers_but_is_not_nats_is_an_outage_and_not_a_crash(
+    greeting: bytes, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    visits = []
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        visits.append(writer)
+        writer.write(greeting)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    bus = await NatsBus.connect(f"nats://127.0.0.1:{port}")
+    try:
+        before = len(visits)
+        await eventually(lambda: len(visits) > before + 2)
+        assert not bus.connected
+        with pytest.raises(BusUnavailable):
+            await bus.publish("x", b"")
+        assert len(caplog.messages) == 1
+    finally:
+        await bus.close()
+        server.close()
+        await server.wait_closed()
+        await asyncio.sleep(0.05)  # the last visit ends
 
 
 @pytest.mark.parametrize(

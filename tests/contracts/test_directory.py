@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import nats.js.errors
 import pytest
 
 from kvbm_service.adapters.directory import Change
@@ -405,21 +406,51 @@ async def test_a_killed_process_is_reported_gone_though_nats_was_killed_with_it(
 async def test_a_bucket_that_someone_removes_is_made_again(
     nats_server: EmbeddedNats, directory: LeasedRecords, eventually: Eventually
 ) -> None:
-    await directory.join(KEY, b"x")
+    membership = await directory.join(KEY, b"x")
+    bus = await NatsBus.connect(nats_server.url)
+    await bus.client.jetstream().delete_key_value("kvbm_nodes")
+    made_again = False
+    async with asyncio.timeout(30):
+        while not made_again:
+            with contextlib.suppress(nats.js.errors.NotFoundError):
+                await bus.client.jetstream().key_value("kvbm_nodes")
+                made_again = True
+            await asyncio.sleep(0.05)
+    await eventually(lambda: membership.alive)
+    assert [entry.key for entry in await directory.entries()] == [KEY]
+    await bus.close()
+
+
+async def test_a_watch_goes_on_when_someone_removes_the_bucket(
+    nats_server: EmbeddedNats, directory: LeasedRecords, eventually: Eventually
+) -> None:
     eyes = Eyes()
     watch = await directory.watch(eyes)
     bus = await NatsBus.connect(nats_server.url)
     await bus.client.jetstream().delete_key_value("kvbm_nodes")
     other = NatsDirectory(bus, lease_seconds=LEASE_SECONDS)
-    found = False
-    async with asyncio.timeout(30):
-        while not found:
-            found = bool(await other.entries())
-            await asyncio.sleep(0.05)
-    await other.join("a.b.new", b"y")
-    await eventually(lambda: eyes.alive == {KEY: b"x", "a.b.new": b"y"})
+    await other.join(KEY, b"x")
+    await eventually(lambda: eyes.alive == {KEY: b"x"})
     await watch.close()
     await other.close()
+    await bus.close()
+
+
+async def test_a_watch_resumes_as_soon_as_nats_is_back_however_long_the_lease(
+    nats_server: EmbeddedNats, eventually: Eventually
+) -> None:
+    bus = await NatsBus.connect(nats_server.url)
+    directory = NatsDirectory(bus, lease_seconds=120.0)
+    eyes = Eyes()
+    watch = await directory.watch(eyes)
+    nats_server.kill()
+    await eventually(lambda: not bus.connected)
+    await asyncio.to_thread(nats_server.start)
+    await eventually(lambda: bus.connected)
+    await directory.join(KEY, b"x")
+    await eventually(lambda: eyes.alive == {KEY: b"x"})
+    await watch.close()
+    await directory.close()
     await bus.close()
 
 
