@@ -158,7 +158,7 @@ def locate(
     hashes: Annotated[
         list[str],
         typer.Argument(
-            metavar="HASH...", help="32 hex digits; longer ones are cut to their first 32."
+            metavar="HASH", help="32 hex digits; longer ones are cut to their first 32."
         ),
     ],
     as_json: Json = False,
@@ -169,7 +169,13 @@ def locate(
         str | None, typer.Option(metavar="LAYOUT", help="Only this layout, as in `kvbm ls`.")
     ] = None,
 ) -> None:
-    """Say which nodes hold a block, and in which tier."""
+    """Say which nodes hold a block, and in which tier.
+
+    \b
+    Examples:
+      kvbm locate 9f86d081884c7d659a2feaa0c55ad015
+      kvbm locate --json $(cat hashes)
+    """
     settings = read_settings(nats_url, credentials, namespace)
     if fingerprint is not None:
         _check_fingerprint(fingerprint)

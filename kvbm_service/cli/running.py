@@ -36,10 +36,13 @@ def status_line() -> Iterator[Callable[[str], None]]:
         yield _to_the_log()
         return
     from rich.console import Console
+    from rich.highlighter import NullHighlighter
     from rich.logging import RichHandler
 
     console = Console(stderr=True, highlight=False)
-    handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")
+    handler = RichHandler(
+        console=console, show_path=False, log_time_format="%X", highlighter=NullHighlighter()
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
     with console.status("starting") as status:
         yield status.update

@@ -46,14 +46,16 @@ def registry(nats_url: NatsUrl = None, credentials: Credentials = None) -> None:
 def up(
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="Where NATS listens, 4222 if not said; 0: any."),
+        typer.Option(
+            metavar="PORT", min=0, max=65535, help="Where NATS listens, 4222 if not said; 0: any."
+        ),
     ] = None,
     state_dir: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
             file_okay=False,
-            help="Where NATS keeps its state, ~/.local/state/kvbm/nats-PORT if not said.",
+            help="State of NATS. Default: ~/.local/state/kvbm.",
         ),
     ] = None,
     nats_url: NatsUrl = None,
@@ -62,6 +64,12 @@ def up(
     """Run NATS and a registry on this host until Ctrl-C.
 
     With --nats-url: only a registry, beside the NATS server that is there already.
+
+    \b
+    Examples:
+      kvbm up
+      kvbm up --port 0 --state-dir /var/lib/kvbm
+      kvbm up --nats-url nats://10.0.0.1:4222
     """
     if nats_url and (port is not None or state_dir is not None):
         option = "--port" if port is not None else "--state-dir"

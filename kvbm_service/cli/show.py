@@ -25,7 +25,7 @@ def demo() -> None:
 def bench(
     groups: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[GROUP]...", help=f"{', '.join(BENCH_GROUPS)}. Default: all."),
+        typer.Argument(metavar="GROUP", help=f"{', '.join(BENCH_GROUPS)}. Default: all."),
     ] = None,
     output: Annotated[
         Path, typer.Option(metavar="FILE", dir_okay=False, help="Where the rows go, as JSON.")

@@ -33,7 +33,10 @@ _TYPES = sorted(str(kind.__struct_config__.tag) for kind in get_args(AnyMessage)
 def decode(as_json: Json = False, full: Full = False) -> None:
     """Decode one payload from stdin, msgpack or JSON.
 
-    Made for: nats sub 'kvbm.>' --translate 'kvbm decode'
+    \b
+    Examples:
+      nats sub 'kvbm.>' --translate 'kvbm decode'
+      kvbm decode --json < payload
     """
     if sys.stdin.isatty():
         raise KvbmError("nothing to decode: pipe a payload into stdin; see `kvbm decode --help`")
@@ -50,7 +53,7 @@ def tap(
         str, typer.Option(metavar="PATTERN", help="NATS subject; * and > are wildcards.")
     ] = "",
     types: Annotated[
-        str, typer.Option("--type", metavar="TYPES", help="Only these, joined by commas.")
+        str, typer.Option("--type", metavar="TYPES", help=f"Of {', '.join(_TYPES)}.")
     ] = "",
     count: Annotated[int, typer.Option(min=0, help="End after this many messages; 0: never.")] = 0,
     as_json: Json = False,
@@ -59,7 +62,14 @@ def tap(
     credentials: Credentials = None,
     namespace: Namespace = None,
 ) -> None:
-    """Watch what goes over the bus, decoded, until Ctrl-C."""
+    """Watch what goes over the bus, decoded, until Ctrl-C.
+
+    \b
+    Examples:
+      kvbm tap --type stored,removed
+      kvbm tap --subject 'kvbm.*.*.node-a.>' --full
+      kvbm tap --type lookup --count 10 --json
+    """
     settings = read_settings(nats_url, credentials, namespace)
     pattern = subject or (f"kvbm.{settings.namespace}.>" if namespace else EVERYTHING)
     show = _as_json if as_json else _as_text(full)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -96,3 +99,20 @@ def test_help_teaches_with_examples(kvbm) -> None:
     for example in ("kvbm up", "kvbm ls", "kvbm locate", "kvbm tap --type", "--translate"):
         assert example in done.stdout.decode()
     assert kvbm().stdout == done.stdout
+
+
+def test_help_and_decode_load_nothing_heavy() -> None:
+    """They are to answer at once: `decode` runs anew for each message."""
+    code = (
+        "import io, sys\n"
+        "from kvbm_service.cli import main\n"
+        "sys.stdin = io.TextIOWrapper(io.BytesIO(b'?'))\n"
+        "assert main(['--help']) == 0 and main(['decode']) == 1\n"
+        "heavy = {'nats', 'numpy', 'numba', 'torch', 'vllm', 'nixl'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
