@@ -84,7 +84,6 @@ class LeaderService:
         self._lock = threading.Lock()
         self._roster = Roster(world_size)
         self._core: Leader | None = None
-        self._epoch = 0
         self._instance = secrets.token_hex(8)
         self._engine_events: list[BlockEvent] = []
         self._keep_engine_events = False
@@ -238,15 +237,15 @@ class LeaderService:
         """Whether all ranks have reported."""
         return self._core is not None
 
-    def record(self) -> bytes:
-        """What the directory says about this node."""
+    def record(self, epoch: int) -> bytes:
+        """What the directory says about this node in its life `epoch`."""
         assert self._core is not None
         with self._lock:
             tiers = (self._core.status(),)
         return encode(
             NodeRecord(
                 node=self.node,
-                epoch=self._epoch,
+                epoch=epoch,
                 world_size=self._roster.world_size,
                 block_bytes=self._roster.block_bytes,
                 tiers=tiers,
@@ -259,9 +258,7 @@ class LeaderService:
         """Take up `epoch`, whose events count from now."""
         with self._lock:
             assert self._core is not None
-            if epoch > self._core.journal.epoch:
-                self._core.journal.begin(epoch, empty=len(self._core.pool) == 0)
-            self._epoch = self._core.journal.epoch
+            self._core.journal.begin(epoch, empty=len(self._core.pool) == 0)
 
     def now(self) -> float:
         """The clock that the core's times are read from."""
@@ -280,6 +277,7 @@ class _BusSide:
         self._leader = leader
         self._connect = connect
         self._network: Network | None = None
+        self._membership: Membership | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._woken = asyncio.Event()
         self._outgoing: asyncio.Queue[Publish | Announce | GiveBack] = asyncio.Queue(maxsize=8192)
@@ -293,12 +291,12 @@ class _BusSide:
             async with asyncio.TaskGroup() as self._tasks:
                 self._tasks.create_task(self._send())
                 await self._meet_ranks()
-                await self._serve()
-                await self._watch(self._on_peer, self._key_prefix)
                 self._tasks.create_task(self._tick())
                 self._tasks.create_task(self._take_part())
+                await self._watch(self._on_peer, self._key_prefix)
         finally:
-            self._tasks = None
+            self._tasks = self._membership = None
+            self._leader.on_core(_go_offline, None)
             await self._network.bus.close()
 
     def wake(self) -> None:
@@ -323,12 +321,17 @@ class _BusSide:
         while True:
             effect = await self._outgoing.get()
             if isinstance(effect, Publish):
-                await self._publish(self._subject("events"), effect.event)
+                await self._tell_all("events", effect.event)
             elif isinstance(effect, Announce):
-                await self._publish(self._subject("loads"), effect.loaded)
+                await self._tell_all("loads", effect.loaded)
             else:
                 subject = self._leader.scope.of(effect.node, "release")
                 await self._publish(subject, Release(lease=effect.lease))
+
+    async def _tell_all(self, what: str, message: Message) -> None:
+        """Publish under this node's name, if that is ours."""
+        if self._is_member:
+            await self._publish(self._subject(what), message)
 
     async def _publish(self, subject: str, message: Message) -> None:
         # Events carry numbers, so whoever listens will notice; and leases end by themselves.
@@ -416,7 +419,7 @@ class _BusSide:
 
     async def _on_lease(self, delivery: Delivery) -> None:
         request = self._decode(delivery, _acquires)
-        if request is None or not delivery.reply:
+        if request is None or not delivery.reply or not self._is_member:
             return
         token = secrets.token_hex(16)
         not_ready: Leased | Refused = Refused(reason="not ready")
@@ -431,7 +434,7 @@ class _BusSide:
             self._leader.on_core(lambda core: core.release(request.lease), None)
 
     async def _on_snapshot(self, delivery: Delivery) -> None:
-        if self._decode(delivery, _resyncs) is None or not delivery.reply:
+        if self._decode(delivery, _resyncs) is None or not delivery.reply or not self._is_member:
             return
         snapshot = self._leader.on_core(lambda core: core.snapshot(), None)
         if snapshot is None:
@@ -523,25 +526,22 @@ class _BusSide:
         """Be in the directory, with fresh numbers, whenever it can be reached."""
         assert self._network is not None
         key = self._key_prefix + self._leader.node
-
-        def claim(epoch: int) -> bytes:
-            self._leader.begin(epoch)
-            return self._leader.record()
-
-        membership = await join(self._network, key, claim)
+        self._membership, epoch = await join(self._network, key, self._leader.record)
         try:
+            self._leader.begin(epoch)
+            await self._serve()
             while True:
                 await asyncio.sleep(BEAT_SECONDS)
-                await self._beat(membership)
+                await self._beat(self._membership, epoch)
         finally:
-            await membership.leave()
+            await self._membership.leave()
 
-    async def _beat(self, membership: Membership) -> None:
+    async def _beat(self, membership: Membership, epoch: int) -> None:
         beat = self._leader.on_core(lambda core: core.journal.beat(), None)
         if beat is not None:
-            await self._publish(self._subject("events"), beat)
+            await self._tell_all("events", beat)
         try:
-            await membership.update(self._leader.record())
+            await membership.update(self._leader.record(epoch))
         except DirectoryError as error:
             _log.debug("directory: %s", error)
 
@@ -564,6 +564,11 @@ class _BusSide:
         return self._network.bus
 
     @property
+    def _is_member(self) -> bool:
+        """Whether this node's name is ours: not while another live node has it."""
+        return self._membership is not None and self._membership.alive
+
+    @property
     def _key_prefix(self) -> str:
         return ".".join(self._leader.scope) + "."
 
@@ -573,6 +578,10 @@ class _BusSide:
     def _encode(self, message: Message) -> bytes:
         wire: Wire = self._leader.settings.wire
         return encode(message, wire)
+
+
+def _go_offline(core: Leader) -> None:
+    core.online = False
 
 
 _acquires = Decoder(Acquire)

@@ -30,17 +30,20 @@ def decode_record(key: str, value: bytes) -> NodeRecord | RankRecord | None:
         return None
 
 
-async def join(network: Network, key: str, make_record: Callable[[int], bytes]) -> Membership:
+async def join(
+    network: Network, key: str, make_record: Callable[[int], bytes]
+) -> tuple[Membership, int]:
     """Join as `key`, however long it takes. `make_record` is given the epoch to claim.
 
-    The epoch is greater than that of any record found under this key, and than that of any
-    earlier life on a host whose clock did not go back.
+    Returns the membership, and the epoch claimed: it is greater than that of any record found
+    under this key, and than that of any earlier life on a host whose clock did not go back.
     """
     directory = network.directory
     said = ""
     while True:
         try:
-            return await directory.join(key, make_record(await _next_epoch(directory, key)))
+            epoch = await _next_epoch(directory, key)
+            return await directory.join(key, make_record(epoch)), epoch
         except NameTaken as error:
             problem = f"{error}; set another KVBM_NODE_NAME, or wait for the lease to end"
         except DirectoryError as error:

@@ -258,7 +258,7 @@ class WorkerService:
         network = await connect()
         key = ".".join([*scope, self.record.node, str(self.record.rank)])
         try:
-            membership = await join(network, key, lambda _: encode(self.record))
+            membership, _ = await join(network, key, lambda _: encode(self.record))
             try:
                 await asyncio.Event().wait()
             finally:
