@@ -560,7 +560,9 @@ class BlockIndex:
     def _rebuild(self, length: int | None) -> None:
         """Move everything but dropped nodes' copies to new arrays; `length` None: as needed."""
         live = int(self._state[holder_sets.LIVE])
-        sets, interned, state = _empty_sets(max(int(live * GROWTH), len(self) >> 4))
+        deepest = int(self._sets["depth"].max())  # one change can need as many entries
+        room = live + max(deepest + 2, live >> 1, len(self) >> 4)
+        sets, interned, state = _empty_sets(room)
         state[_CROWDED], state[_REFUSED] = self._state[_CROWDED], self._state[_REFUSED]
         became = holder_sets.copy_without(
             self._sets, self._state, self._dead, sets, interned, state

@@ -30,13 +30,14 @@ Read the table from the top; the first line that fits is taken. `at` is the inpu
                                                 buffered ones that follow           left, else ASK
     started  newer epoch               any      FORGET, cursor to (epoch, 0), ASK   SYNCING
     started  otherwise                 any      nothing                             same
-    tick     patience is over          SYNCING  forget half a snapshot, ASK         SYNCING
+    tick     patience is over          SYNCING  ASK                                 SYNCING
 
 What a beat said need not be remembered: the next one says it again.
 
 Chunks of one snapshot may come in any order and twice. Those of different positions, or cut
-into different numbers, never mix; those of two answers at the same position are kept apart by
-whoever asks, with one question at a time and an inbox for each.
+into different numbers, never mix. Those of two answers at the same position are kept apart by
+whoever asks: a new question makes an earlier one's further answers void, and each ASK forgets
+the chunks that have come so far.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ MAX_BUFFERED_BLOCKS = 1 << 18
 """Block names in all buffered events of one node together (4 MiB)."""
 RESYNC_SECONDS = 1.0
 """How long an answer may take before a snapshot is asked for again; doubles each time …"""
-MAX_RESYNC_SECONDS = 30.0
+MAX_RESYNC_SECONDS = 8.0
 """… up to this."""
 
 
@@ -188,7 +189,6 @@ class Cursor:
         """Time has passed."""
         if self.state is State.LIVE or now < self._patient_until:
             return ()
-        self._assembly = None
         return (self._ask(now),)
 
     def _begin(self, epoch: int) -> Forget:
@@ -202,6 +202,7 @@ class Cursor:
 
     def _ask(self, now: float) -> Ask:
         self.state = State.SYNCING
+        self._assembly = None
         self._patient_until = now + self._patience_seconds
         self._patience_seconds = min(2 * self._patience_seconds, MAX_RESYNC_SECONDS)
         self._counts.resyncs += 1

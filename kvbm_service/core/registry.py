@@ -118,7 +118,7 @@ class Registry:
                 return ()
             view.add(node, Cursor(self.counts, self._limits.blocks_per_node))
             member = view.nodes[node]
-        return self._perform(scope, node, member.cursor.started(epoch, now))
+        return _perform(view, scope, node, member.cursor.started(epoch, now))
 
     def left(self, scope: Scope, node: str, now: float) -> Effects:
         """The directory no longer lists `node`."""
@@ -131,26 +131,28 @@ class Registry:
 
     def event(self, scope: Scope, node: str, event: BlockEvent, now: float) -> Effects:
         """`node` has published `event`."""
-        cursor = self._cursor(scope, node)
-        if cursor is None:
+        view = self._views.get(scope)
+        member = view and view.nodes.get(node)
+        if not view or not member:
             self.counts.unknown_sender += 1
             return ()
-        return self._perform(scope, node, cursor.event(event, now))
+        return _perform(view, scope, node, member.cursor.event(event, now))
 
     def chunk(self, scope: Scope, node: str, chunk: SnapshotChunk, now: float) -> Effects:
         """`node` has sent a part of a snapshot."""
-        cursor = self._cursor(scope, node)
-        if cursor is None:
+        view = self._views.get(scope)
+        member = view and view.nodes.get(node)
+        if not view or not member:
             self.counts.unknown_sender += 1
             return ()
-        return self._perform(scope, node, cursor.chunk(chunk, now))
+        return _perform(view, scope, node, member.cursor.chunk(chunk, now))
 
     def tick(self, now: float) -> Effects:
         """Time has passed: ask again where an answer is overdue."""
         asks: list[AskSnapshot] = []
         for scope, view in self._views.items():
             for node, member in view.nodes.items():
-                asks += self._perform(scope, node, member.cursor.tick(now))
+                asks += _perform(view, scope, node, member.cursor.tick(now))
         return tuple(asks)
 
     # Questions
@@ -233,31 +235,24 @@ class Registry:
                 member.cursor.check_integrity()
             view.index.check_integrity()
 
-    def _cursor(self, scope: Scope, node: str) -> Cursor | None:
-        view = self._views.get(scope)
-        member = None if view is None else view.nodes.get(node)
-        return None if member is None else member.cursor
 
-    def _perform(self, scope: Scope, node: str, steps: Steps) -> Effects:
-        """Carry out a cursor's steps; what is left to do for others."""
-        asks: Effects = ()
-        if not steps:
-            return asks
-        view = self._views[scope]
-        for step in steps:
-            match step:
-                case Apply(event):
-                    _apply(view, node, event)
-                case Forget():
-                    view.empty(node)
-                case Replace(chunks):
-                    view.empty(node)
-                    number = view.nodes[node].number
-                    for chunk in chunks:
-                        view.index.store(number, chunk.tier, chunk.hashes)
-                case Ask():
-                    asks += (AskSnapshot(scope, node),)
-        return asks
+def _perform(view: _View, scope: Scope, node: str, steps: Steps) -> Effects:
+    """Carry out a cursor's steps; what is left to do for others."""
+    asks: Effects = ()
+    for step in steps:
+        match step:
+            case Apply():
+                _apply(view, node, step.event)
+            case Forget():
+                view.empty(node)
+            case Replace():
+                view.empty(node)
+                number = view.nodes[node].number
+                for chunk in step.chunks:
+                    view.index.store(number, chunk.tier, chunk.hashes)
+            case Ask():
+                asks += (AskSnapshot(scope, node),)
+    return asks
 
 
 def _apply(view: _View, node: str, event: Stored | Removed | Cleared) -> None:

@@ -35,6 +35,8 @@ class RegistryCounts:
     """Nodes ignored because there were as many scopes as there may be."""
     malformed: int = 0
     """Messages and records that could not be read. Nothing was changed by them."""
+    oversized_answers: int = 0
+    """Answers larger than a message may be. Nothing was sent."""
     lookups: int = 0
     """Questions answered: who has the longest prefix."""
     locates: int = 0

@@ -190,6 +190,22 @@ def test_every_block_may_have_a_set_of_holders_of_its_own(index: BlockIndex) -> 
     assert {node for node, _ in index.locate(blocks[4_095])[0]} == set(members[1::2])
 
 
+def test_a_block_may_be_held_by_every_node(index: BlockIndex) -> None:
+    head = names(1)[0]
+    members = nodes(index, 500)
+    for node in reversed(members):
+        index.store(node, Tier.HOST, head)
+        index.store(node, Tier.DEVICE, head)
+    assert len(index.locate(head)[0]) == 1_000
+    index.check_integrity()
+    for node in members[1:]:
+        index.remove(node, Tier.HOST, head)
+        index.drop_node(node)
+    assert index.locate(head) == [((members[0], Tier.HOST), (members[0], Tier.DEVICE))]
+    index.sweep()
+    index.check_integrity()
+
+
 def test_a_node_keeps_no_more_copies_than_it_may() -> None:
     index = BlockIndex(SEED, blocks_per_node=10)
     a, b = nodes(index, 2)

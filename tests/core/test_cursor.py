@@ -274,7 +274,7 @@ def test_an_unanswered_question_is_repeated_ever_more_rarely(fresh: Cursor) -> N
         while not fresh.tick(now):
             now += RESYNC_SECONDS / 4
         waits.append(now - asked)
-    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0] + 3 * [MAX_RESYNC_SECONDS]
+    assert waits == [1.0, 2.0, 4.0] + 5 * [MAX_RESYNC_SECONDS]
 
 
 def test_patience_starts_anew_with_each_chunk(fresh: Cursor) -> None:
@@ -289,6 +289,17 @@ def test_half_a_snapshot_is_forgotten_when_asking_again(fresh: Cursor) -> None:
     assert fresh.tick(now=100.0) == (Ask(),)
     assert fresh.chunk(chunk(9, index=1, total=2), now=100.1) == ()
     assert fresh.at == (EPOCH, 0)
+
+
+def test_half_a_snapshot_is_forgotten_with_the_events_behind_it(
+    live: Cursor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cursor_module, "MAX_BUFFERED_EVENTS", 1)
+    live.event(stored(5), now=1.0)
+    live.chunk(chunk(9, index=0, total=2), now=1.1)
+    assert live.event(stored(6), now=1.2) == (Ask(),)
+    assert live.chunk(chunk(9, index=1, total=2), now=1.3) == ()
+    assert live.at == (EPOCH, 3)
 
 
 def test_time_alone_asks_nothing_of_a_live_node(live: Cursor) -> None:
