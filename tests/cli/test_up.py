@@ -56,6 +56,15 @@ def test_it_starts_on_a_free_port_and_a_signal_ends_all_of_it(kvbm, start, numbe
     assert not any("Traceback" in line for line in up.seen)
 
 
+def test_what_was_temporary_is_gone_when_it_ends(start, tmp_path: Path) -> None:
+    up = start("up", "--port", "0", TMPDIR=str(tmp_path))
+    url_of(up)
+    up.wait_for("registry")
+    assert list(tmp_path.iterdir())
+    assert up.stop() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_its_server_listens_on_loopback_only(start) -> None:
     up = start("up", "--port", "0")
     port = int(url_of(up).rpartition(":")[2])
