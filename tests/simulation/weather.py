@@ -1,0 +1,76 @@
+"""How large a simulated world is, and how bad things get in it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Weather:
+    """Rates are chances per message, per copy or per second of a node's life."""
+
+    nodes: int = 2
+    registries: int = 1
+    world_size: int = 1
+    host_slots: int = 8
+    device_blocks: int = 10
+    requests: int = 12
+    longest_delay: float = 0.001
+    """Of a message. Unequal delays put messages out of order."""
+    copy_seconds: float = 0.001
+    """For one block, at most."""
+    lease_seconds: float = 0.3
+    """Of leases on blocks."""
+    loss: float = 0.0
+    duplication: float = 0.0
+    copy_failure: float = 0.0
+    partitions: float = 0.0
+    outages: float = 0.0
+    stops: float = 0.0
+    naps: float = 0.0
+    """Chance that a rank stops for a while just as it is told to load, or in a save's midst."""
+    crashes: float = 0.0
+    registry_crashes: float = 0.0
+    aborts: float = 0.02
+    """Per request and step; so are preemptions."""
+    preemptions: float = 0.02
+    resets: float = 0.0
+    """Per step."""
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing can get lost and nobody stops."""
+        return not (
+            self.loss or self.copy_failure or self.partitions or self.outages or self.stops
+            or self.naps or self.crashes or self.registry_crashes
+        )  # fmt: skip
+
+
+def any_weather(chance: random.Random) -> Weather:
+    """Draw a world. Each kind of trouble is there in three of ten."""
+
+    def sometimes(most: float) -> float:
+        return chance.random() * most if chance.random() < 0.3 else 0.0
+
+    return Weather(
+        nodes=chance.choice((1, 2, 2, 3, 3)),
+        registries=chance.randint(1, 2),
+        world_size=chance.choice((1, 1, 2)),
+        host_slots=chance.choice((1, 4, 8, 16, 24)),
+        device_blocks=chance.randint(6, 14),
+        requests=chance.randint(20, 80),
+        longest_delay=chance.choice((0.0002, 0.001, 0.01)),
+        copy_seconds=chance.choice((0.0002, 0.001, 0.01)),
+        lease_seconds=chance.choice((0.1, 0.3)),
+        loss=sometimes(0.3),
+        duplication=sometimes(0.3),
+        copy_failure=sometimes(0.1),
+        partitions=sometimes(1.0),
+        outages=sometimes(1.0),
+        stops=sometimes(2.0),
+        naps=sometimes(0.3),
+        crashes=sometimes(0.7),
+        registry_crashes=sometimes(0.7),
+        resets=sometimes(0.03),
+    )

@@ -1,0 +1,221 @@
+"""The simulated cluster: real leaders and real registries, and everything else made up.
+
+No threads, no clock, no sockets: one seed decides all of it, so that a failure is a number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from functools import cache
+
+from kvbm_schemas.block import HASH_BYTES, BlockHash
+from kvbm_schemas.events import Loaded
+from kvbm_schemas.records import RankRecord
+from kvbm_service.core.journal import Journal
+from kvbm_service.core.leader import Leader, Limits
+from kvbm_service.core.registry import Registry
+from tests.simulation.directory import Directory
+from tests.simulation.engine import Request
+from tests.simulation.network import Network
+from tests.simulation.node import LOOKUP_SECONDS, Node
+from tests.simulation.oracles import Broken, History, Oracles, witnessed
+from tests.simulation.rank import Rank
+from tests.simulation.registry_host import RegistryHost
+from tests.simulation.timeline import Process, Timeline
+from tests.simulation.weather import Weather, any_weather
+
+TROUBLE_SECONDS = 1.0
+"""How long requests come in, and things go wrong."""
+QUIET_SECONDS = 3.0
+"""How long everybody then has to find back to order."""
+FAULT_SECONDS = 0.1
+"""How often a fault may begin."""
+LONGEST_STOP = 1.0
+NEVER_BACK = 0.2
+"""Of the nodes that crash."""
+LONGEST_CHAIN = 6
+FAMILIES = 4
+"""Chains that share a head belong to one family."""
+
+
+@cache
+def block_name(*path: int) -> BlockHash:
+    """The name of the block at the end of this path of the tree of all prompts."""
+    return BlockHash(hashlib.sha256(repr(path).encode()).digest()[:HASH_BYTES])
+
+
+class World:
+    """One simulated cluster."""
+
+    def __init__(self, seed: int, weather: Weather | None = None) -> None:
+        self.seed = seed
+        self.chance = random.Random(seed)
+        self.trouble = self.weather = weather or any_weather(self.chance)
+        self.limits = Limits(
+            lookup_seconds=LOOKUP_SECONDS,
+            lease_seconds=self.weather.lease_seconds,
+            transfer_seconds=0.1,
+            held_blocks=4,
+        )
+        self.timeline = Timeline()
+        self.network = Network(self.timeline, self.chance, self.weather)
+        self.directory = Directory(self.timeline)
+        self.oracles = Oracles(self)
+        self.agents: dict[str, Rank] = {}
+        self.histories: dict[str, History] = {}
+        self.nodes: dict[str, Node] = {}
+        self.registries: dict[str, RegistryHost] = {}
+        self.registry_names = [f"registry{number}" for number in range(self.weather.registries)]
+        self.expired_leases = 0
+        self.restarts = 0
+        self.blocks: Counter[str] = Counter()
+        """Blocks that were loaded, by how it went: own, remote, failed."""
+        self.all_blocks: list[BlockHash] = []
+        """Every block that any prompt had."""
+        self._nature = Process()
+        self._names = [f"node{number}" for number in range(self.weather.nodes)]
+        for name in self.registry_names:
+            self._start_registry(name)
+        for name in self._names:
+            self._start_node(name)
+
+    def run(self) -> None:
+        """Live through the trouble, then let it pass, and see that all is well."""
+        for number in range(self.weather.requests):
+            delay = 0.1 + self.chance.random() * (TROUBLE_SECONDS - 0.1)
+            self.timeline.after(delay, self._nature, lambda n=number: self._submit(n))  # type: ignore[misc]
+        self.timeline.every(FAULT_SECONDS, self._nature, self._maybe_fault)
+        self.timeline.run(TROUBLE_SECONDS)
+        self._heal()
+        self.timeline.run(TROUBLE_SECONDS + LONGEST_STOP + QUIET_SECONDS)
+        self.oracles.all_is_quiet()
+
+    def check(self, good: bool, otherwise: str) -> None:
+        """Stop the world if an oracle is not content."""
+        if not good:
+            raise Broken(
+                f"{otherwise} (at {self.timeline.now:.3f} s; "
+                f"python -m tests.simulation.replay {self.seed})"
+            )
+
+    # -- what the inhabitants need -----------------------------------------------------------
+
+    def make_leader(self, ranks: tuple[RankRecord, ...]) -> Leader:
+        """A leader for a new life of a node."""
+        return Leader(ranks, self.limits)
+
+    def make_registry(self) -> Registry:
+        """A registry for a new life of a registry service."""
+        return Registry(seed=self.seed)
+
+    def witness(self, node: str, journal: Journal) -> Journal:
+        """`journal`, with the node's history written alongside."""
+        return witnessed(journal, self.histories.setdefault(node, History()))
+
+    def new_agent(self, rank: Rank, name: str) -> str:
+        """A name that no agent ever had."""
+        agent = f"{name}/{len(self.agents)}"
+        self.agents[agent] = rank
+        return agent
+
+    def copy_fails(self) -> bool:
+        """Whether bad luck strikes a copy."""
+        return self.chance.random() < self.weather.copy_failure
+
+    def count_loaded(self, node: str, loaded: Loaded) -> None:
+        """A load has ended."""
+        self.blocks["failed"] += loaded.failed
+        for source in loaded.sources:
+            self.blocks["own" if source.node == node else "remote"] += source.blocks
+
+    def stop(self, process: Process) -> None:
+        """`process` stops for a while, perhaps for longer than its leases."""
+        process.wakes_at = self.timeline.now + self.chance.random() * LONGEST_STOP
+
+    # -- what happens to them ----------------------------------------------------------------
+
+    def _submit(self, number: int) -> None:
+        """A user sends a prompt to some engine."""
+        chance = self.chance
+        family = chance.randrange(FAMILIES)
+        path = [family] * chance.randint(2, LONGEST_CHAIN)
+        if chance.random() < 0.5:
+            path[-1] = FAMILIES + chance.randrange(4)
+        chain = [block_name(*path[: end + 1]) for end in range(len(path))]
+        self.all_blocks += [block for block in chain if block not in self.all_blocks]
+        node = self.nodes[chance.choice(self._names)]
+        if node.process.alive:
+            node.engine.submit(Request(f"r{number}", chain))
+
+    def _maybe_fault(self) -> None:
+        weather = self.weather
+        for name in self._names:
+            if self._strikes(weather.stops):
+                self._stop_something(self.nodes[name])
+            if self._strikes(weather.outages):
+                self._outage(self.nodes[name])
+            if self._strikes(weather.crashes):
+                self._crash_node(name)
+        if self._strikes(weather.partitions):
+            self._partition()
+        for name in self.registry_names:
+            if self._strikes(weather.stops):
+                self.stop(self.registries[name].process)
+            if self._strikes(weather.registry_crashes):
+                self._crash_registry(name)
+
+    def _strikes(self, rate: float) -> bool:
+        return rate > 0 and self.chance.random() < rate * FAULT_SECONDS
+
+    def _stop_something(self, node: Node) -> None:
+        """One of a node's processes stops for a while."""
+        self.stop(self.chance.choice([node.process, *(rank.process for rank in node.ranks)]))
+
+    def _outage(self, node: Node) -> None:
+        node.online = False
+
+        def back() -> None:
+            node.online = True
+
+        self.timeline.after(self.chance.random(), self._nature, back)
+
+    def _partition(self) -> None:
+        places = [*self._names, *self.registry_names, "directory"]
+        pair = frozenset(self.chance.sample(places, 2))
+        self.network.cut.add(pair)
+        self.timeline.after(
+            self.chance.random(), self._nature, lambda: self.network.cut.discard(pair)
+        )
+
+    def _crash_node(self, name: str) -> None:
+        node = self.nodes[name]
+        if not node.process.alive:
+            return
+        node.crash()
+        if self.chance.random() < NEVER_BACK:
+            return
+        self.timeline.after(self.chance.random(), self._nature, lambda: self._start_node(name))
+
+    def _crash_registry(self, name: str) -> None:
+        self.registries[name].process.alive = False
+        self.timeline.after(
+            self.chance.random() * 0.3, self._nature, lambda: self._start_registry(name)
+        )
+
+    def _start_node(self, name: str) -> None:
+        self.restarts += name in self.nodes
+        self.nodes[name] = self.network.places[name] = Node(self, name)
+
+    def _start_registry(self, name: str) -> None:
+        if name in self.registries and self.registries[name].process.alive:
+            return
+        self.registries[name] = self.network.places[name] = RegistryHost(self, name)
+
+    def _heal(self) -> None:
+        """From here on nothing goes wrong any more; what began will end."""
+        sizes = ("nodes", "registries", "world_size", "host_slots", "device_blocks")
+        speeds = ("longest_delay", "copy_seconds")
+        kept = {name: getattr(self.trouble, name) for name in (*sizes, *speeds)}
+        self.weather = self.network.weather = Weather(**kept)
