@@ -320,7 +320,7 @@ def test_the_engine_is_never_kept_waiting_for_longer_than_two_deadlines() -> Non
     while rig.leader.match("r", computed, now) is None:
         assert now < 2 * LOOKUP_SECONDS
         questions += rig.effects(AskRegistry)
-        now += LOOKUP_SECONDS * 0.3
+        now += LOOKUP_SECONDS * 0.9
         rig.leader.located("r", questions[-1].attempt, located(("b", 1)), now)
         computed = min(computed + 2, 7)
     assert len(questions) > 2
