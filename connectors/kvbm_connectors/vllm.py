@@ -57,7 +57,7 @@ class KvbmConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         settings = Settings.load(os.environ, transfer.kv_connector_extra_config)
         vllm_layout.check_names_are_shared(vllm_config)
-        block_size = vllm_layout.block_size(kv_cache_config)
+        block_size = vllm_layout.block_size(vllm_config, kv_cache_config)
         scope = vllm_layout.scope(vllm_config, kv_cache_config, settings)
         node = vllm_layout.node_name(vllm_config, settings)
         world_size = vllm_config.parallel_config.world_size

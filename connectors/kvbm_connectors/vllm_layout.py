@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 FINGERPRINT_HEX_DIGITS = 16
 
 
-def block_size(kv_cache_config: KVCacheConfig) -> int:
+STAYING = ("FullAttentionSpec", "MLAAttentionSpec")
+"""Kinds of KV cache whose blocks all stay for as long as their request runs. Of other kinds,
+blocks leave a request's table in between, and what is then in their place is not theirs."""
+
+
+def block_size(config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
     """Tokens per block.
 
     Raises:
-        LayoutError: the model has several kinds of KV cache, which cannot be cached yet.
+        LayoutError: the model's KV cache is of a kind that cannot be cached yet.
     """
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
@@ -34,7 +39,21 @@ def block_size(kv_cache_config: KVCacheConfig) -> int:
             f"the model has {len(groups)} KV cache groups, and this version caches one: "
             "start vLLM with --disable-hybrid-kv-cache-manager"
         )
-    return int(groups[0].kv_cache_spec.block_size)
+    spec = groups[0].kv_cache_spec
+    kinds = {type(each).__name__ for each in getattr(spec, "kv_cache_specs", {0: spec}).values()}
+    if not kinds <= set(STAYING):
+        raise LayoutError(
+            f"the model's KV cache is of kind {', '.join(sorted(kinds))}, and this version caches "
+            f"{' and '.join(STAYING)}: serve this model without the connector"
+        )
+    parallel = config.parallel_config
+    for setting in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, setting, 1) > 1:
+            raise LayoutError(
+                f"{setting}={getattr(parallel, setting)}: blocks that context parallel ranks "
+                "share out cannot be cached yet; set it to 1"
+            )
+    return int(spec.block_size)
 
 
 def check_names_are_shared(config: VllmConfig) -> None:
