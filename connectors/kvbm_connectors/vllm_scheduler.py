@@ -65,6 +65,7 @@ class SchedulerSide:
         self._events = events
         self._followed: dict[str, _Followed] = {}
         self._pool: BlockPool | None = None
+        self.take_events()  # the first call begins to collect them
 
     def bind_block_pool(self, pool: BlockPool) -> None:
         """Where the source blocks of saves are held."""
