@@ -1,0 +1,129 @@
+"""One rank of the engine under test: KV tensors, the connector's worker side, no model."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer import kv_transfer_state
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.forward_context import set_forward_context
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin as _Runner
+
+from kvbm_service.adapters.slab import Slab
+from tests.connectors.computation import Digests
+from tests.connectors.gate import Gate
+
+RUBBISH = 0xEE
+
+
+class Rank:
+    """Its KV tensors, and the connector beside them, called as vLLM's model runner calls it."""
+
+    def __init__(self, config: VllmConfig, kv_cache_config: KVCacheConfig, rank: int) -> None:
+        self.rank = rank
+        self._config = copy.copy(config)
+        self._config.parallel_config = copy.copy(config.parallel_config)
+        self._config.parallel_config.rank = rank
+        (group,) = kv_cache_config.kv_cache_groups
+        spec = group.kv_cache_spec
+        self._block_size = spec.block_size
+        shape = (kv_cache_config.num_blocks, spec.num_kv_heads, spec.block_size, 2 * spec.head_size)
+        tensors = {name: torch.zeros(shape, dtype=spec.dtype) for name in group.layer_names}
+        self._layers: list[npt.NDArray[np.uint64]] = [
+            tensor.numpy().view(np.uint64).reshape(shape[0], spec.block_size, -1)
+            for tensor in tensors.values()
+        ]
+        self.connector = KVConnectorFactory.create_connector(
+            config=self._config, role=KVConnectorRole.WORKER, kv_cache_config=kv_cache_config
+        )
+        self.connector.register_kv_caches(tensors)
+        self.gate = self._put_gate()
+
+    def _put_gate(self) -> Gate:
+        """Stand in front of the worker's mover. The one place that reaches into it."""
+        worker = self.connector._worker_side._worker
+        worker._mover = gate = Gate(worker._mover, self.scribble)
+        return gate
+
+    @property
+    def slab(self) -> Slab:
+        """The rank's host memory."""
+        slab = self.connector._worker_side._worker._mover._mover._tier.slab
+        assert isinstance(slab, Slab)
+        return slab
+
+    def flip_a_bit(self, slot: int) -> None:
+        """As memory sometimes does by itself."""
+        octet = ctypes.c_uint8.from_address(self.slab.base + slot * self.slab.slot_bytes + 17)
+        octet.value ^= 1
+
+    @property
+    def unreported_saves(self) -> int:
+        """Saves that are done, and that the scheduler has not been told of."""
+        return len(self.connector._worker_side._worker._saved)
+
+    # -- what the model runner does ----------------------------------------------------------
+
+    def step(self, output: SchedulerOutput, forward: Any) -> KVConnectorOutput:
+        """One step: the connector's calls in the order of this release, `forward` among them."""
+        try:
+            kv_transfer_state._KV_CONNECTOR_AGENT = self.connector
+            with set_forward_context(None, self._config):
+                if not output.total_num_scheduled_tokens:
+                    done = _Runner.kv_connector_no_forward(output, self._config)
+                    return done.kv_connector_output or KVConnectorOutput()
+                with _Runner.maybe_get_kv_connector_output(output) as transfers:
+                    forward(self)
+                return transfers
+        finally:
+            kv_transfer_state._KV_CONNECTOR_AGENT = None
+
+    # -- bytes ---------------------------------------------------------------------------------
+
+    def write(self, blocks: Sequence[int], digests: Digests, start: int) -> None:
+        """Compute the positions from `start` on."""
+        for layer in range(len(self._layers)):
+            at = self._places(blocks, start, len(digests))
+            self._layers[layer][at] = self._content(digests[start:], layer)
+
+    def wrong(self, blocks: Sequence[int], digests: Digests) -> list[int]:
+        """The positions whose bytes are not what a computation would have written."""
+        at = self._places(blocks, 0, len(digests))
+        right = np.ones(len(digests), np.bool_)
+        for layer in range(len(self._layers)):
+            right &= (self._layers[layer][at] == self._content(digests, layer)).all(axis=1)
+        return [int(position) for position in np.flatnonzero(~right)]
+
+    def scribble(self, blocks: Any) -> None:
+        """Leave rubbish in these blocks."""
+        for layer in self._layers:
+            layer.view(np.uint8)[np.asarray(blocks, np.int64)] = RUBBISH
+
+    def _places(self, blocks: Sequence[int], start: int, end: int) -> tuple[Any, Any]:
+        positions = np.arange(start, end)
+        return np.asarray(blocks, np.int64)[positions // self._block_size], (
+            positions % self._block_size
+        )
+
+    def _content(self, digests: Digests, layer: int) -> npt.NDArray[np.uint64]:
+        """Each rank and layer has other bytes for the same position."""
+        words = self._layers[layer].shape[-1]
+        salt = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(
+            2 * (self.rank * len(self._layers) + layer) + 1
+        )
+        return digests[:, None] * salt
+
+    def close(self) -> None:
+        """The worker process ends."""
+        self.connector.shutdown()

@@ -1,0 +1,118 @@
+"""Which blocks are the same, and which engines cannot be cached at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+from kvbm_service.errors import LayoutError, SettingError
+from tests.connectors.engine import BLOCK, Engine, full_attention, prompt
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What our code logs as a warning or worse."""
+    lines: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("vllm")  # the connector logs where vLLM does
+    log.addHandler(listener)
+    yield lines
+    log.removeHandler(listener)
+
+
+def test_tenants_with_different_salts_do_not_share_blocks(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    mine = engine.ask(prompt(41), salt="mine")
+    engine.forget_device()
+    yours = engine.ask(prompt(41), salt="yours")
+    nobodys = engine.ask(prompt(41))
+    assert yours.loaded == nobodys.loaded == 0
+    assert not set(mine.names) & set(yours.names)
+    engine.forget_device()
+    assert engine.ask(prompt(41), salt="mine").loaded == 40
+
+
+def test_different_loras_do_not_share_blocks(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.ask(prompt(41), lora="one")
+    engine.forget_device()
+    assert engine.ask(prompt(41), lora="two").loaded == 0
+    assert engine.ask(prompt(41)).loaded == 0
+    engine.forget_device()
+    assert engine.ask(prompt(41), lora="one").loaded == 40
+
+
+def test_two_engines_give_a_block_the_same_name(make_engine: MakeEngine) -> None:
+    one, two = make_engine(), make_engine()
+    assert one.ask(prompt(41)).names == two.ask(prompt(41)).names
+
+
+@pytest.mark.parametrize("hashing", ["xxhash", "xxhash_cbor"])
+def test_names_that_differ_between_processes_are_refused(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, hashing: str
+) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(SettingError, match=f"--prefix-caching-hash-algo='{hashing}'.*sha256"):
+        make_engine(hashing=hashing)
+
+
+def test_names_made_from_a_shared_seed_are_good(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    engine = make_engine(hashing="xxhash")
+    engine.ask(prompt(41))
+    engine.forget_device()
+    assert engine.ask(prompt(41)).loaded == 40
+
+
+def sliding_window() -> SlidingWindowSpec:
+    return SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=4, dtype=torch.float32, sliding_window=8
+    )
+
+
+def test_a_model_with_several_kv_cache_groups_is_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(LayoutError, match=r"2 KV cache groups.*--disable-hybrid"):
+        make_engine(specs=(full_attention(), sliding_window()))
+
+
+def test_a_model_whose_blocks_do_not_all_stay_is_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(LayoutError, match="SlidingWindowSpec"):
+        make_engine(specs=(sliding_window(),))
+
+
+def test_blocks_spread_over_context_parallel_ranks_are_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(LayoutError, match="context parallel"):
+        make_engine(ranks=2, parallel={"decode_context_parallel_size": 2})
+
+
+def test_a_policy_that_fails_requests_is_warned_of(
+    make_engine: MakeEngine, said: list[str]
+) -> None:
+    make_engine(policy="fail")
+    assert any("kv_load_failure_policy" in line and '"recompute"' in line for line in said)
+
+
+def test_a_policy_that_recomputes_is_not_warned_of(
+    make_engine: MakeEngine, said: list[str]
+) -> None:
+    make_engine(policy="recompute")
+    assert not any("kv_load_failure_policy" in line for line in said)
+
+
+def test_a_setting_that_does_not_exist_is_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(SettingError, match="KVBM_LOOKUP_DEADLINE"):
+        make_engine(extra={"KVBM_LOOKUP_DEADLINE": 20})
+
+
+def test_a_host_tier_without_a_size_is_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(SettingError, match="DYN_KVBM_CPU_CACHE_GB"):
+        make_engine(slots=0)

@@ -1,0 +1,219 @@
+"""Blocks that one engine has computed are read by another, over NATS and NIXL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kvbm_service.adapters.nats_server import EmbeddedNats
+from tests.connectors.cluster import LiveRegistry, eventually
+from tests.connectors.engine import Engine, prompt
+
+MakeEngine = Callable[..., Engine]
+PATIENT = {"KVBM_LOOKUP_DEADLINE_MS": 5_000}
+"""Slow machines may take their time; an answer ends the waiting."""
+
+
+@pytest.fixture
+def registry(nats: EmbeddedNats) -> Iterator[LiveRegistry]:
+    with LiveRegistry(nats.url) as registry:
+        yield registry
+
+
+@pytest.fixture
+def make_node(
+    make_engine: MakeEngine, nats: EmbeddedNats, registry: LiveRegistry
+) -> Callable[..., Engine]:
+    """Makes engines of one cluster."""
+
+    def make(name: str, **shape: Any) -> Engine:
+        extra = PATIENT | shape.pop("extra", {})
+        return make_engine(node=name, nats=nats.url, extra=extra, **shape)
+
+    return make
+
+
+def meet(*engines: Engine) -> None:
+    """Wait until all know each other."""
+    names = {engine.shape.node for engine in engines}
+    for engine in engines:
+        others = names - {engine.shape.node}
+        eventually(
+            lambda engine=engine, others=others: (
+                engine.core.online and all(engine.core.peers.can_ask(node, 0.0) for node in others)
+            )
+        )
+
+
+def nothing_leased(engine: Engine) -> bool:
+    return len(engine.core.leases) == 0 and engine.core.pool.pinned == 0
+
+
+def test_a_prompt_computed_by_one_engine_is_read_by_another(
+    make_node: MakeEngine, registry: LiveRegistry
+) -> None:
+    owner, reader = make_node("owner"), make_node("reader")
+    meet(owner, reader)
+    owner.ask(prompt(41))
+    eventually(lambda: registry.copies == 10)
+    asked = reader.ask(prompt(41), tokens=5)
+    assert (asked.loaded, asked.computed) == (40, 5)
+    assert reader.ranks[0].gate.pulls.blocks == 10
+    eventually(lambda: nothing_leased(owner))
+
+
+def test_what_was_read_from_another_node_is_kept(
+    make_node: MakeEngine, registry: LiveRegistry
+) -> None:
+    owner, reader = make_node("owner"), make_node("reader")
+    meet(owner, reader)
+    owner.ask(prompt(41))
+    eventually(lambda: registry.copies == 10)
+    reader.ask(prompt(41))
+    eventually(lambda: registry.copies == 20)
+    reader.forget_device()
+    assert reader.ask(prompt(41)).loaded == 40
+    assert reader.ranks[0].gate.pulls.calls == 1
+    eventually(lambda: nothing_leased(owner))
+
+
+def test_a_beginning_from_here_and_an_end_from_there_make_one_prefix(
+    make_node: MakeEngine, registry: LiveRegistry
+) -> None:
+    owner, reader = make_node("owner"), make_node("reader")
+    meet(owner, reader)
+    reader.ask(prompt(21))
+    owner.ask(prompt(61))
+    eventually(lambda: registry.copies == 20)
+    reader.forget_device()
+    asked = reader.ask(prompt(61))
+    assert (asked.loaded, asked.computed) == (60, 1)
+    gate = reader.ranks[0].gate
+    assert (gate.loads.blocks, gate.pulls.blocks) == (5, 10)
+    eventually(lambda: nothing_leased(owner))
+
+
+def test_two_ranks_read_each_its_own_share(make_node: MakeEngine, registry: LiveRegistry) -> None:
+    owner, reader = make_node("owner", ranks=2), make_node("reader", ranks=2)
+    meet(owner, reader)
+    owner.ask(prompt(41))
+    eventually(lambda: registry.copies == 10)
+    asked = reader.ask(prompt(41))
+    assert (asked.loaded, asked.computed) == (40, 1)
+    assert [rank.gate.pulls.blocks for rank in reader.ranks] == [10, 10]
+    eventually(lambda: nothing_leased(owner))
+
+
+def test_engines_of_different_shapes_do_not_see_each_other(
+    make_node: MakeEngine, registry: LiveRegistry
+) -> None:
+    one, two = make_node("one", ranks=1), make_node("two", ranks=2)
+    for engine in (one, two):
+        eventually(lambda engine=engine: engine.core.online)
+    one.ask(prompt(41))
+    eventually(lambda: registry.copies == 10)
+    asked = two.ask(prompt(41))
+    assert asked.loaded == 0
+
+
+def test_blocks_that_cannot_be_read_are_computed_and_their_owner_is_left_alone(
+    make_node: MakeEngine, registry: LiveRegistry
+) -> None:
+    owner, reader = make_node("owner"), make_node("reader")
+    meet(owner, reader)
+    owner.ask(prompt(41))
+    owner.ask(prompt(41, seed=1))
+    eventually(lambda: registry.copies == 20)
+    pulls = reader.ranks[0].gate.pulls
+    pulls.failing = True
+    asked = reader.ask(prompt(41))
+    assert (asked.loaded, asked.computed) == (40, 41)
+    reader.ask(prompt(41, seed=1))
+    assert pulls.calls == 1
+    eventually(lambda: nothing_leased(owner))
+
+
+def test_one_rank_that_cannot_read_from_the_owner_makes_all_compute(
+    make_node: MakeEngine, registry: LiveRegistry
+) -> None:
+    owner, reader = make_node("owner", ranks=2), make_node("reader", ranks=2)
+    meet(owner, reader)
+    owner.ask(prompt(41))
+    eventually(lambda: registry.copies == 10)
+    reader.ranks[1].gate.pulls.loses = 4
+    asked = reader.ask(prompt(41))
+    assert asked.computed == 1 + 4 * 4
+    eventually(lambda: nothing_leased(owner))
+
+
+def test_a_request_aborted_while_it_reads_gives_its_lease_back(
+    make_node: MakeEngine, registry: LiveRegistry
+) -> None:
+    owner, reader = make_node("owner"), make_node("reader")
+    meet(owner, reader)
+    owner.ask(prompt(41))
+    eventually(lambda: registry.copies == 10)
+    pulls = reader.ranks[0].gate.pulls
+    pulls.close()
+    asked = reader.submit(prompt(41))
+    reader.until(lambda: pulls.waiting)
+    assert owner.core.pool.pinned == 10
+    reader.abort(asked)
+    pulls.open()
+    reader.run()
+    eventually(lambda: nothing_leased(owner))
+
+
+def test_what_the_owner_has_lost_meanwhile_is_computed(
+    make_node: MakeEngine, registry: LiveRegistry
+) -> None:
+    owner, reader = make_node("owner"), make_node("reader")
+    meet(owner, reader)
+    owner.ask(prompt(41))
+    eventually(lambda: registry.copies == 10)
+    pulls = reader.ranks[0].gate.pulls
+    pulls.close()
+    asked = reader.submit(prompt(41))
+    reader.until(lambda: pulls.waiting)
+    owner.ranks[0].slab.headers["fill"] += 1  # as if other blocks were in these slots now
+    pulls.open()
+    reader.run()
+    assert asked.answer == asked.text.generated(1)
+    assert asked.computed == 41
+    eventually(lambda: nothing_leased(owner))
+
+
+def test_an_owner_that_has_gone_costs_a_computation(
+    make_node: MakeEngine, make_engine: MakeEngine, registry: LiveRegistry
+) -> None:
+    owner, reader = make_node("owner"), make_node("reader")
+    meet(owner, reader)
+    owner.ask(prompt(41))
+    eventually(lambda: registry.copies == 10)
+    owner.scheduler.connector._scheduler_side.close()
+    asked = reader.ask(prompt(41))
+    assert asked.computed == 41
+
+
+def test_both_engines_read_from_each_other_at_once(
+    make_node: MakeEngine, registry: LiveRegistry
+) -> None:
+    one, two = make_node("one"), make_node("two")
+    meet(one, two)
+    one.ask(prompt(41, seed=1))
+    two.ask(prompt(41, seed=2))
+    eventually(lambda: registry.copies == 20)
+    first = one.submit(prompt(41, seed=2))
+    second = two.submit(prompt(41, seed=1))
+
+    def both_finished() -> bool:
+        two.step()
+        return first.finished and second.finished
+
+    one.until(both_finished)
+    one.run()
+    two.run()
+    assert (first.computed, second.computed) == (1, 1)
+    eventually(lambda: nothing_leased(one) and nothing_leased(two))
