@@ -39,6 +39,10 @@ class Copies(Protocol):
         """Undo `pin`."""
         ...
 
+    def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Host memory to copy to, for a short while."""
+        ...
+
     def copy(self, to: Column, source: Column, lengths: Column) -> None:
         """Copy every piece; returns when all bytes are in place.
 
@@ -71,6 +75,9 @@ class CpuCopies:
 
     def unpin(self, address: int) -> None:
         """Nothing to do."""
+
+    def host_buffer(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        return np.empty(nbytes, np.uint8)
 
     def copy(self, to: Column, source: Column, lengths: Column) -> None:
         self._loop(to, source, lengths)

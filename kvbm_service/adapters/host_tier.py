@@ -131,7 +131,7 @@ class HostTier:
         """Of the device's bytes as they are now; 0 without `verify`."""
         sums = np.zeros(len(device), np.uint64)
         if self._verify and len(device):
-            block = np.empty(self.slab.slot_bytes, np.uint8)
+            block = self._copies.host_buffer(self.slab.slot_bytes)
             to = self._offsets + np.uint64(block.ctypes.data)
             for i in range(len(device)):
                 self._copy(to, self._in_pool(device[i : i + 1]))

@@ -24,6 +24,9 @@ HEADER = np.dtype([("hash", np.uint64, 2), ("fill", np.uint64), ("checksum", np.
 """32 bytes per slot. `hash` is the block's name as two native words; `checksum` is xxh3-64 of
 the block's device bytes at the time of saving, or 0 when verification is off."""
 
+HEADER_PAGE = 128
+"""A slab's table of headers is padded to a multiple of this many, for reading by the page."""
+
 
 class Region(NamedTuple):
     """One piece that every device block has: `blocks` × `length` bytes, `stride` apart."""

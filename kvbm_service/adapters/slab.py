@@ -11,7 +11,7 @@ reorders stores, and elsewhere the GIL, handed over between the copy and the hea
 
 The memory is private and anonymous on purpose. Huge pages are the reason: NIXL reads it
 from another process through the kernel, page by page, and shared memory files have no huge
-pages unless the host's administrator allows them (docs/adr/0003 has the figures). It also
+pages unless the host's administrator allows them. It also
 means that nothing is left behind after kill -9.
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm_schemas.records import SlabRecord
-from kvbm_service.adapters.mover import HEADER, Blocks, Indices, Mask
+from kvbm_service.adapters.mover import HEADER, HEADER_PAGE, Blocks, Indices, Mask
 from kvbm_service.errors import LayoutError
 
 Headers = npt.NDArray[np.void]
@@ -53,7 +53,8 @@ class Slab:
         self.parts = parts
         self.offsets = (0, *accumulate(parts))[:-1]
         self.slot_bytes = sum(parts)
-        table = -(-slots * HEADER.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        padded = -(-slots // HEADER_PAGE) * HEADER_PAGE * HEADER.itemsize
+        table = -(-padded // mmap.PAGESIZE) * mmap.PAGESIZE
         self.nbytes = table + slots * self.slot_bytes
         self._memory = _map(self.nbytes)
         octets = np.frombuffer(self._memory, np.uint8)

@@ -17,7 +17,8 @@ from kvbm_service.adapters.slab import Slab
 
 POOL = 24
 """Device blocks."""
-SLOTS = 16
+SLOTS = 300
+"""More than two pages of headers."""
 
 Kind = type[MemcpyMover] | type[NixlMover]
 

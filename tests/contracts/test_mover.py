@@ -17,7 +17,7 @@ from kvbm_service.adapters.nixl_mover import NixlMover
 from kvbm_service.adapters.nixl_reader import QUIET_SECONDS
 from kvbm_service.errors import TransferError
 from tests.contracts.mover_owner import LocalOwner, OwnerProcess
-from tests.contracts.mover_rank import LAYOUTS, Kind, Rank, blocks, name
+from tests.contracts.mover_rank import LAYOUTS, POOL, SLOTS, Kind, Rank, blocks, name
 
 SECONDS = 10.0
 """A timeout that a pull between healthy ranks never needs."""
@@ -149,7 +149,7 @@ def test_verification_sees_a_bit_that_flipped_in_a_slot(hall: Hall) -> None:
 def test_numbers_that_do_not_exist_are_refused_before_anything_is_written(hall: Hall) -> None:
     rank, owner = hall.rank(), hall.owner()
     rank.mover.connect(owner.as_peer)
-    for wrong in (blocks([16], [0]), blocks([0], [24])):
+    for wrong in (blocks([SLOTS], [0]), blocks([0], [POOL])):
         with pytest.raises(TransferError):
             rank.mover.save(wrong)
         with pytest.raises(TransferError):
@@ -174,12 +174,12 @@ def test_a_pulled_block_is_the_owners_byte_for_byte_and_touches_no_other(
     hall: Hall, layout: str
 ) -> None:
     rank, owner = hall.rank(layout), hall.owner(layout)
-    owner.save(5, [15, 2, 3], [3, 0, 23])
+    owner.save(5, [299, 2, 130], [3, 0, 23])
     rank.fill_pool(seed=2)
     before = {number: rank.block(number) for number in range(24)}
     rank.mover.connect(owner.as_peer)
 
-    assert pull(rank, owner, blocks([15, 2, 3], [7, 8, 23])) == [True, True, True]
+    assert pull(rank, owner, blocks([299, 2, 130], [7, 8, 23])) == [True, True, True]
 
     assert [rank.block(number) for number in (7, 8, 23)] == [
         owner.block(number) for number in (3, 0, 23)
