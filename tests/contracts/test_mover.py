@@ -174,12 +174,12 @@ def test_a_pulled_block_is_the_owners_byte_for_byte_and_touches_no_other(
     hall: Hall, layout: str
 ) -> None:
     rank, owner = hall.rank(layout), hall.owner(layout)
-    owner.save(5, [299, 2, 130], [3, 0, 23])
+    owner.save(5, [299, 2, 5], [3, 0, 23])
     rank.fill_pool(seed=2)
     before = {number: rank.block(number) for number in range(24)}
     rank.mover.connect(owner.as_peer)
 
-    assert pull(rank, owner, blocks([299, 2, 130], [7, 8, 23])) == [True, True, True]
+    assert pull(rank, owner, blocks([299, 2, 5], [7, 8, 23])) == [True, True, True]
 
     assert [rank.block(number) for number in (7, 8, 23)] == [
         owner.block(number) for number in (3, 0, 23)
