@@ -1,0 +1,130 @@
+"""One example of every message, or several; their bytes are in golden.json.
+
+The bytes of a message never change: fields are only appended, with a default. After adding a
+message or a field, add an example and run `python -m tests.wire.examples`: it writes what is
+missing in golden.json, and never touches what is there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kvbm_schemas.block import Tier
+from kvbm_schemas.codec import Wire, encode
+from kvbm_schemas.events import Beat, Cleared, Loaded, Removed, Source, Stored
+from kvbm_schemas.message import Message
+from kvbm_schemas.records import NodeRecord, RankRecord, SlabRecord, TierStatus
+from kvbm_schemas.requests import (
+    Acquire,
+    Holder,
+    Leased,
+    Locate,
+    Located,
+    Lookup,
+    Placements,
+    Refused,
+    Release,
+    Resync,
+    Segment,
+    SnapshotChunk,
+)
+from kvbm_schemas.step import (
+    Load,
+    LoadResult,
+    LocalRead,
+    RemoteRead,
+    Save,
+    StepCommands,
+    StepResults,
+)
+
+GOLDEN = Path(__file__).with_name("golden.json")
+
+ONE = bytes(range(16))
+TWO = ONE + bytes(range(240, 256))
+SLOTS = bytes([7, 0, 0, 0, 8, 1, 0, 0])
+FILLS = bytes([5, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0])
+LEASE = "0123456789abcdef"
+
+SLAB = SlabRecord(base=1 << 40, headers=1 << 39, slots=4, slot_bytes=4096, header_bytes=32)
+RANK = RankRecord(
+    node="a", rank=1, world_size=2, agent="a/1/x", agent_metadata=b"\x00\xff", slab=SLAB,
+    device_blocks=64,
+)  # fmt: skip
+SAVE = Save(op=3, hashes=TWO, blocks=SLOTS, slots=SLOTS)
+LOCAL = LocalRead(hashes=TWO, fills=FILLS, slots=SLOTS, blocks=SLOTS)
+REMOTE = RemoteRead(
+    node="b", agents=("b/0/x", "b/1/x"), seconds=2.5, hashes=TWO, fills=FILLS, slots=SLOTS,
+    blocks=SLOTS,
+)  # fmt: skip
+LOAD = Load(op=4, request="r", local=LOCAL, remote=(REMOTE,))
+RESULT = LoadResult(op=4, request="r", failed_blocks=SLOTS, reason="timed out")
+
+EXAMPLES: dict[str, Message] = {
+    "stored": Stored(epoch=1_700_000_000_000, seq=1, tier=Tier.HOST, hashes=TWO),
+    "removed": Removed(epoch=1_700_000_000_000, seq=2, tier=Tier.DISK, hashes=ONE),
+    "cleared": Cleared(epoch=1_700_000_000_000, seq=3),
+    "beat": Beat(epoch=1_700_000_000_000, seq=3),
+    "loaded": Loaded(
+        request="r", sources=(Source("b", Tier.HOST, 2, 8192),), failed=1, seconds=0.25
+    ),
+    "loaded, nothing": Loaded(request="r", sources=()),
+    "lookup": Lookup(hashes=TWO, asker="a"),
+    "lookup, anonymous": Lookup(hashes=TWO),
+    "located": Located(segments=(Segment("a", Tier.HOST, 0, 2), Segment("b", Tier.DISK, 2, 1))),
+    "located, nowhere": Located(),
+    "locate": Locate(hashes=TWO),
+    "placements": Placements(holders=((Holder("a", Tier.HOST), Holder("b", Tier.DEVICE)), ())),
+    "acquire": Acquire(hashes=TWO),
+    "leased": Leased(
+        lease=LEASE, seconds=30.0, epoch=9, slots=SLOTS, fills=FILLS, agents=("a/0/x", "a/1/x")
+    ),
+    "refused": Refused(reason="not here"),
+    "release": Release(lease=LEASE),
+    "resync": Resync(),
+    "snapshotchunk": SnapshotChunk(
+        epoch=9, seq=42, index=1, total=3, tier=Tier.HOST, hashes=TWO
+    ),
+    "noderecord": NodeRecord(
+        node="a", epoch=9, world_size=2, block_bytes=8192,
+        tiers=(TierStatus(Tier.HOST, 100, 50, 5),), engine="vllm", instance="f00d",
+    ),
+    "noderecord, bare": NodeRecord(node="a", epoch=9, world_size=1, block_bytes=8192),
+    "rankrecord": RANK,
+    "save": SAVE,
+    "localread": LOCAL,
+    "remoteread": REMOTE,
+    "load": LOAD,
+    "load, nothing": Load(op=4, request="r"),
+    "stepcommands": StepCommands(saves=(SAVE,), loads=(LOAD,), peers=(RANK,), gone=("c/0/x",)),
+    "stepcommands, nothing": StepCommands(),
+    "loadresult": RESULT,
+    "loadresult, all well": LoadResult(op=4, request="r"),
+    "stepresults": StepResults(rank=1, saved=(3,), save_failed=(5,), loads=(RESULT,)),
+    "stepresults, nothing": StepResults(rank=0),
+}  # fmt: skip
+"""By the message's type, and what is special about it."""
+
+
+def type_of(name: str) -> str:
+    """The message type that the example of this name is of."""
+    return name.partition(",")[0]
+
+
+def main() -> None:
+    """Write the bytes of examples that have none yet."""
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    for name, message in EXAMPLES.items():
+        golden.setdefault(
+            name,
+            {
+                "json": encode(message, Wire.JSON).decode(),
+                "msgpack": encode(message, Wire.MSGPACK).hex(),
+            },
+        )
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
