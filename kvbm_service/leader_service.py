@@ -293,7 +293,8 @@ class _BusSide:
                 await self._meet_ranks()
                 self._tasks.create_task(self._tick())
                 self._tasks.create_task(self._take_part())
-                await self._watch(self._on_peer, self._key_prefix)
+                watch = await self._watch(self._on_peer, self._key_prefix)
+                self._tasks.create_task(_close_at_the_end(watch))
         finally:
             self._tasks = self._membership = None
             self._leader.on_core(_go_offline, None)
@@ -578,6 +579,13 @@ class _BusSide:
     def _encode(self, message: Message) -> bytes:
         wire: Wire = self._leader.settings.wire
         return encode(message, wire)
+
+
+async def _close_at_the_end(watch: Watch) -> None:
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await watch.close()
 
 
 def _go_offline(core: Leader) -> None:

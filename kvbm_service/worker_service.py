@@ -39,8 +39,9 @@ from kvbm_service.presence import join
 
 _log = logging.getLogger(__name__)
 
-PROGRESS_SECONDS = 0.005
-"""How often an idle rank lets others' connections to it make progress."""
+PROGRESS_SECONDS = 0.002
+"""How often an idle rank lets others' connections to it make progress. Over TCP, UCX aborts a
+process that comes back to a queued read after its reader has died, so this is not to be long."""
 
 
 @dataclass

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from kvbm_service.bench.row import Row
 
 RESULT = Path("build/bench.json")
 
-GROUPS = ("transfers", "leader", "registry", "engines")
+GROUPS = ("transfers", "remote", "leader", "registry", "engines")
 """What can be measured, in this order."""
 
 
@@ -23,7 +24,11 @@ def run(groups: Iterable[str], result: Path = RESULT, console: Console | None = 
     found: list[Row] = []
     for group in groups:
         with console.status(f"measuring: {group}") as status:
-            found += _measure(group, lambda what, g=group: status.update(f"measuring: {g}: {what}"))
+
+            def say(what: str, group: str = group, status: Status = status) -> None:
+                status.update(f"measuring: {group}: {what}")
+
+            found += _measure(group, say)
     console.print(table(found))
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
@@ -37,6 +42,10 @@ def _measure(group: str, say: Callable[[str], None]) -> list[Row]:
             from kvbm_service.bench import transfers
 
             return transfers.rows()
+        case "remote":
+            from kvbm_service.bench import remote
+
+            return remote.rows()
         case "leader":
             from kvbm_service.bench import leader
 

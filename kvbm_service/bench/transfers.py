@@ -61,7 +61,7 @@ def rows() -> list[Row]:
 
 def copies(shape: Shape) -> list[Row]:
     """Saving and loading a batch, against one memcpy of as many bytes between the same two."""
-    with _rank(shape) as tier:
+    with rank(shape) as tier:
         pool, base = tier.regions[0].address, tier.slab.base
         saves, loads, to_slab, to_pool = [], [], [], []
         for number in range(ROUNDS):
@@ -78,10 +78,10 @@ def copies(shape: Shape) -> list[Row]:
 
 def remote_pull(name: str, shape: Shape) -> Row:
     """Pulling a batch from another process, against NIXL alone with the same descriptors."""
-    with _rank(shape) as tier, _owner(shape) as peer:
+    with rank(shape) as tier, _owner(shape) as peer:
         mover = NixlMover(tier)
         mover.connect(peer)
-        bare = _BareNixl(tier.regions, peer)
+        bare = BareNixl(tier.regions, peer)
         pulls, transfers = [], []
         for number in range(-2, ROUNDS):
             blocks = _blocks(seed=abs(number))
@@ -96,7 +96,8 @@ def remote_pull(name: str, shape: Shape) -> Row:
 
 
 @contextmanager
-def _rank(shape: Shape) -> Iterator[HostTier]:
+def rank(shape: Shape) -> Iterator[HostTier]:
+    """One rank's memory: a device pool and a slab, each of two batches of blocks."""
     count = 2 * BATCH
     region_bytes = count * shape.piece_bytes
     pool = np.zeros(shape.layers * region_bytes + TENSOR_ALIGNMENT, np.uint8)
@@ -127,7 +128,7 @@ def _owner(shape: Shape) -> Iterator[RemoteSlab]:
 
 
 def _own(shape: Shape, parent: Connection) -> None:
-    with _rank(shape) as tier:
+    with rank(shape) as tier:
         tier.save(_all_blocks())
         mover = NixlMover(tier)
         where = tier.slab.record()
@@ -147,7 +148,7 @@ def _own(shape: Shape, parent: Connection) -> None:
         mover.close()
 
 
-class _BareNixl:
+class BareNixl:
     """What NIXL does when nobody asks whether the bytes are right."""
 
     def __init__(self, regions: list[Region], peer: RemoteSlab) -> None:
@@ -194,6 +195,11 @@ def _blocks(seed: int) -> Blocks:
     draw = np.random.default_rng(seed)
     slots = draw.permutation(2 * BATCH)[:BATCH].astype(np.uint32)
     return _named(slots, draw.permutation(2 * BATCH)[:BATCH].astype(np.uint32))
+
+
+def one_block(number: int) -> Blocks:
+    """A transfer of one block, from the slot of this number to the device block of this number."""
+    return _named(np.array([number], np.uint32), np.array([number], np.uint32))
 
 
 def _all_blocks() -> Blocks:

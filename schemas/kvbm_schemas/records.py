@@ -39,8 +39,8 @@ class NodeRecord(Message, frozen=True):
 class SlabRecord(msgspec.Struct, frozen=True):
     """Where a rank's host slab lies in its own address space, for NIXL reads.
 
-    The slab is a table of `slots` headers of `header_bytes` each at `headers`, and
-    `slots` blocks of `slot_bytes` each at `base`.
+    The slab is a table of `slots` headers of `header_bytes` each at `headers`, padded to a
+    multiple of 128 headers, and `slots` blocks of `slot_bytes` each at `base`.
     """
 
     base: Address
