@@ -21,13 +21,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvbm_service.core.compiled import compiled
+from kvbm_service.core.compiled import Compiler
 
 Array = npt.NDArray[Any]
+
+compiled = Compiler(__file__)
 
 SET = np.dtype(
     [("parent", np.uint32), ("refs", np.uint32), ("holder", np.uint16), ("depth", np.uint16)]
 )
+NO_SET = np.uint32(0xFFFFFFFF)
+"""Never the number of a set."""
 MAX_HOLDERS = 1 << 14
 """Holder numbers are smaller than this, so no set is larger either."""
 
@@ -136,13 +140,11 @@ def minus(sets: Array, interned: Array, state: Array, one: Any, holder: Any, sta
 
 
 @compiled
-def release(sets: Array, interned: Array, state: Array, one: Any) -> bool:
-    """Give one reference to `one` back; True if that freed it."""
+def release(sets: Array, interned: Array, state: Array, one: Any) -> None:
+    """Give one reference to `one` back, and free it if that was the last."""
     if one == 0:
-        return False
+        return
     sets[one].refs -= 1
-    if sets[one].refs > 0:
-        return False
     while one != 0 and sets[one].refs == 0:
         parent = sets[one].parent
         _forget(sets, interned, one)
@@ -152,7 +154,6 @@ def release(sets: Array, interned: Array, state: Array, one: Any) -> bool:
         state[LIVE] -= 1
         sets[parent].refs -= 1
         one = parent
-    return True
 
 
 @compiled
@@ -180,8 +181,7 @@ def copy_without(
 
     References from blocks are not copied: whoever moves the blocks counts them anew.
     """
-    unknown = np.uint32(0xFFFFFFFF)
-    became = np.full(state[TOP], unknown, np.uint32)
+    became = np.full(state[TOP], NO_SET, np.uint32)
     became[0] = 0
     path = np.empty(MAX_HOLDERS, np.uint32)
     for number in range(1, state[TOP]):
@@ -190,7 +190,7 @@ def copy_without(
             continue
         one = np.uint32(number)
         height = 0
-        while became[one] == unknown:
+        while became[one] == NO_SET:
             path[height] = one
             height += 1
             one = sets[one].parent

@@ -255,10 +255,12 @@ async def test_registries_share_the_questions(world: World, eventually: Eventual
         await live(service, 1, eventually)
     await a.store(CHAIN)
     await me.sees(held("a", 0, 8))
+    before = [service.status().counts.lookups for service in services]
     for _ in range(40):
         await me.lookup()
     shares = [service.status().counts.lookups for service in services]
-    assert min(shares) > 0
+    assert sum(shares) - sum(before) == 40
+    assert all(after > earlier for after, earlier in zip(shares, before, strict=True))
 
 
 async def test_a_lost_event_is_healed_by_the_next_one(world: World, eventually: Eventually) -> None:

@@ -150,6 +150,21 @@ def test_dropped_copies_are_swept_out_before_they_are_many(index: BlockIndex) ->
     index.check_integrity()
 
 
+@pytest.mark.parametrize("half", [slice(0, 8), slice(8, 16)])
+def test_names_that_share_a_half_are_told_apart(index: BlockIndex, half: slice) -> None:
+    (a,) = nodes(index, 1)
+    alike = []
+    for name in names(650):
+        twin = bytearray(name)
+        twin[half] = bytes(8)
+        alike.append(bytes(twin))
+    for name in alike[:600]:
+        index.store(a, Tier.HOST, name)
+    assert len(index) == 600
+    assert index.locate(pack(alike)) == 600 * [((a, Tier.HOST),)] + 50 * [()]
+    index.check_integrity()
+
+
 def test_the_index_grows_and_shrinks_with_its_blocks(index: BlockIndex) -> None:
     (a,) = nodes(index, 1)
     small = index.bytes_held
@@ -234,41 +249,62 @@ def test_there_are_only_so_many_nodes_and_numbers_come_back(
     index.check_integrity()
 
 
+def colliding(home: int, length: int, count: int, seed: int) -> bytes:
+    """Names that all belong in slot `home` of a table of `length`, as one who knows SEED finds."""
+    random = np.frombuffer(
+        np.random.default_rng(seed).bytes(16 * int(1.2 * count * length)), np.uint64
+    ).reshape(-1, 2)
+    low_half, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    words = block_index._expand(SEED)
+    mixed = np.full(len(random), words[0])
+    for column in (0, 1):
+        mixed += words[1 + 2 * column] * (random[:, column] & low_half)
+        mixed += words[2 + 2 * column] * (random[:, column] >> shift)
+    homes = ((mixed >> shift) * np.uint64(length)) >> shift
+    found = random[homes == home][:count]
+    assert len(found) == count
+    return found.tobytes()
+
+
 def test_names_chosen_to_collide_are_refused_instead_of_slowing_everyone(
     index: BlockIndex,
 ) -> None:
     (a,) = nodes(index, 1)
-    random = np.frombuffer(np.random.default_rng(1).bytes(16 * 700_000), np.uint64).reshape(-1, 2)
-    low_half, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    words = block_index._expand(SEED)
-    mixed = words[0] + sum(
-        word * part
-        for word, part in zip(
-            words[1:],
-            (
-                random[:, 0] & low_half,
-                random[:, 0] >> shift,
-                random[:, 1] & low_half,
-                random[:, 1] >> shift,
-            ),
-            strict=True,
-        )
-    )
-    homes = ((mixed >> shift) * np.uint64(block_index.MIN_SLOTS)) >> shift
-    evil = random[homes == 7]
-    assert len(evil) > block_index.MAX_PROBES
-    index.store(a, Tier.HOST, evil.tobytes())
+    evil = colliding(home=7, length=block_index.MIN_SLOTS, count=560, seed=1)
+    beyond = 560 - block_index.MAX_PROBES
+    index.store(a, Tier.HOST, evil)
     assert len(index) == block_index.MAX_PROBES
-    assert index.crowded == len(evil) - block_index.MAX_PROBES
+    assert index.crowded == beyond
     index.check_integrity()
     good = names(50)
     index.store(a, Tier.HOST, pack(good))
     known = sum(map(bool, index.locate(pack(good))))
-    assert index.crowded == len(evil) - block_index.MAX_PROBES + 50 - known
-    index.remove(a, Tier.HOST, evil.tobytes())
+    assert index.crowded == beyond + 50 - known
+    index.remove(a, Tier.HOST, evil)
     assert len(index) == known
     index.store(a, Tier.HOST, pack(good))
     assert index.lookup(pack(good)) == [Run(a, Tier.HOST, 0, 50)]
+    index.check_integrity()
+
+
+def test_names_that_collide_only_in_a_smaller_table_are_crowded_out_of_it(
+    index: BlockIndex,
+) -> None:
+    a, b, filler = nodes(index, 3)
+    index.store(filler, Tier.HOST, pack(names(2_500)))
+    index.remove(filler, Tier.HOST, pack(names(1_800)))
+    length = index._length
+    first, second = (colliding(home, length, 400, home) for home in (1_000, 1_500))
+    index.store(a, Tier.HOST, first)
+    index.store(a, Tier.DISK, second)
+    index.store(b, Tier.HOST, second[-16:])
+    known, crowded = index.copies(a), index.crowded
+    index.drop_node(filler)
+    index.sweep()
+    assert index._length < length
+    assert index.crowded > crowded
+    assert index.copies(a) == len(index) == known - (index.crowded - crowded)
+    assert index.copies(b) == 0
     index.check_integrity()
 
 
