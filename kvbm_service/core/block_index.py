@@ -35,7 +35,7 @@ from kvbm_service.core.holder_sets import NO_SET
 
 Array = npt.NDArray[Any]
 
-compiled = Compiler(__file__, holder_sets.__file__)
+compiled = Compiler(holder_sets)
 
 MAX_NODES = 4_096 - 1
 """Nodes that can be in one index at a time, those dropped but not yet swept out included."""

@@ -8,8 +8,9 @@ neither can be written it is compiled again in each process.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
-from pathlib import Path
+from types import ModuleType
 from typing import ParamSpec, TypeVar, cast
 
 from numba import njit
@@ -19,17 +20,16 @@ R = TypeVar("R")
 
 
 class Compiler:
-    """Decorates functions that are to be compiled, at their first call.
+    """Decorates functions of one file that are to be compiled, at their first call.
 
-    `sources` are the files of these functions and of all compiled functions that they call.
-    numba takes machine code from disk as long as the function's own file is unchanged, though
-    code from the other files is in it, too. So what they contain becomes part of the name
-    under which machine code is kept.
+    `uses` are the other modules whose compiled functions they call. numba takes machine code
+    from disk as long as the function's own file is unchanged, though code from the others is
+    in it, too. So what those contain becomes part of the name under which it is kept.
     """
 
-    def __init__(self, *sources: str) -> None:
-        contents = b"".join(Path(source).read_bytes() for source in sources)
-        self._version = hashlib.sha256(contents).hexdigest()[:12]
+    def __init__(self, *uses: ModuleType) -> None:
+        sources = "".join(map(inspect.getsource, uses))
+        self._version = hashlib.sha256(sources.encode()).hexdigest()[:12]
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         function.__qualname__ += f"_{self._version}"

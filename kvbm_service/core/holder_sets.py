@@ -25,7 +25,7 @@ from kvbm_service.core.compiled import Compiler
 
 Array = npt.NDArray[Any]
 
-compiled = Compiler(__file__)
+compiled = Compiler()
 
 SET = np.dtype(
     [("parent", np.uint32), ("refs", np.uint32), ("holder", np.uint16), ("depth", np.uint16)]
