@@ -14,7 +14,7 @@ import pytest
 
 from kvbm_service.demo.engine import Engine, EngineFailed, share_cores
 from kvbm_service.demo.model import make_model
-from kvbm_service.demo.process_group import members
+from kvbm_service.demo.process_group import end_group, members
 
 TAIL = list(range(40))
 
@@ -122,10 +122,12 @@ def test_an_engine_ends_with_the_program_that_started_it(model: Path, tmp_path: 
         check=False,
     )
     assert starter.returncode == -signal.SIGKILL, starter.stderr
+    group = int(starter.stdout)
     deadline = time.monotonic() + 10
-    while members(int(starter.stdout)) and time.monotonic() < deadline:
+    while (left := members(group)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert members(int(starter.stdout)) == []
+    end_group(group)
+    assert left == []
 
 
 def test_the_model_is_made_once_and_the_same_everywhere(model: Path, tmp_path: Path) -> None:
