@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,18 +26,28 @@ START_SECONDS = 60.0
 
 
 class Cluster:
-    """An embedded NATS server, and a registry in a process of its own; their state in `folder`."""
+    """An embedded NATS server, and a registry in a process of its own; their state in `folder`.
 
-    def __init__(self, folder: Path) -> None:
+    `environment` is added to the registry's.
+    """
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._environment = dict(environment or {})
         self._folder = folder
-        self.nats = EmbeddedNats(store_dir=folder / "nats")
+        self.nats_folder = folder / "nats"
+        self.nats = EmbeddedNats(store_dir=self.nats_folder)
         self._registry: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         """For KVBM_NATS_URL."""
         return self.nats.url
+
+    @property
+    def registry_pid(self) -> int | None:
+        """The registry's process, while there is one."""
+        return self._registry.pid if self._registry else None
 
     def start_registry(self) -> None:
         """Start one, and wait until it answers.
@@ -53,7 +64,7 @@ class Cluster:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=dict(os.environ),
+                env=os.environ | self._environment,
             )
         deadline = time.monotonic() + START_SECONDS
         while not asyncio.run(_answers(self.url)):
