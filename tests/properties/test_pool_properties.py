@@ -1,0 +1,150 @@
+"""The pool against a deliberately dumb one, which is a dictionary."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvbm_schemas.block import BlockHash
+from kvbm_service.core.pool import Pool
+from tests.core.builders import chain
+
+CAPACITY = 6
+chains = st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=5, unique=True).map(
+    lambda names: chain("".join(names))
+)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Model: which blocks are readable, which slots are being filled, and who holds pins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = Pool(CAPACITY)
+        self.ready: dict[BlockHash, int] = {}
+        self.filling: dict[int, BlockHash | None] = {}
+        """Slot → the block it is for; None: cleared meanwhile."""
+        self.fills: list[list[int]] = []
+        self.pins: list[list[int]] = []
+        self.stamp = 0
+
+    def pinned(self) -> set[int]:
+        return {slot for slots in self.pins for slot in slots}
+
+    @rule(wanted=chains)
+    def reserve(self, wanted: list[BlockHash]) -> None:
+        self.stamp += 1
+        absent = [
+            index
+            for index, block in enumerate(wanted)
+            if block not in self.ready and block not in self.filling.values()
+        ]
+        busy = self.pinned() | set(self.filling)
+        spared = {slot for block, slot in self.ready.items() if block in wanted}
+        room = CAPACITY - len(busy | spared)
+        indices, slots, evicted = self.pool.reserve(wanted, self.stamp)
+        assert indices == absent[:room]
+        assert not set(slots) & busy
+        assert len(set(slots)) == len(slots)
+        for block in evicted:
+            assert block not in wanted
+            assert self.ready.pop(block) in slots
+        assert not set(slots) & set(self.ready.values())
+        assert self.pool.fills(slots) == [self.stamp] * len(slots)
+        self.filling.update(zip(slots, (wanted[index] for index in indices), strict=True))
+        if slots:
+            self.fills.append(slots)
+
+    @precondition(lambda self: self.fills)
+    @rule(data=st.data(), good=st.booleans())
+    def settle(self, data: st.DataObject, good: bool) -> None:
+        slots = self.fills.pop(data.draw(st.integers(0, len(self.fills) - 1)))
+        named = [(slot, self.filling.pop(slot)) for slot in slots]
+        if good:
+            arrived = {block: slot for slot, block in named if block is not None}
+            assert self.pool.commit(slots) == list(arrived)
+            self.ready.update(arrived)
+        else:
+            self.pool.abort(slots)
+
+    @rule(wanted=chains)
+    def match_and_pin(self, wanted: list[BlockHash]) -> None:
+        end = next((i for i, block in enumerate(wanted) if block not in self.ready), len(wanted))
+        assert self.pool.match(wanted) == end
+        slots = self.pool.pin(wanted[:end])
+        assert slots == [self.ready[block] for block in wanted[:end]]
+        if slots:
+            self.pins.append(slots)
+
+    @rule(wanted=chains, room=st.integers(0, CAPACITY))
+    def pinnable(self, wanted: list[BlockHash], room: int) -> None:
+        here = wanted[: self.pool.match(wanted)]
+        end = self.pool.pinnable(here, room)
+        new = [self.ready[block] not in self.pinned() for block in here]
+        assert sum(new[:end]) <= room
+        assert end == len(here) or sum(new[: end + 1]) > room
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        self.pool.unpin(self.pins.pop(data.draw(st.integers(0, len(self.pins) - 1))))
+
+    @rule(wanted=chains)
+    def touch(self, wanted: list[BlockHash]) -> None:
+        self.pool.touch(wanted)
+
+    @rule(wanted=chains)
+    def drop(self, wanted: list[BlockHash]) -> None:
+        assert self.pool.drop(wanted[0]) == (self.ready.pop(wanted[0], None) is not None)
+
+    @rule()
+    def clear(self) -> None:
+        self.pool.clear()
+        self.ready.clear()
+        self.filling = dict.fromkeys(self.filling)
+
+    @invariant()
+    def it_agrees_with_the_model(self) -> None:
+        self.pool.check_integrity()
+        assert set(self.pool.blocks()) == set(self.ready)
+        assert len(self.pool) == len(self.ready)
+        assert self.pool.pinned == len(self.pinned())
+        used = set(self.ready.values()) | set(self.filling) | self.pinned()
+        assert self.pool.used == len(used)
+        unpinned = CAPACITY - len(self.filling) - len(self.pinned())
+        assert self.pool.unpinned == unpinned
+        for block in chain("abcdefghij"):
+            expected = block in self.ready or block in self.filling.values()
+            assert (block in self.pool) == expected
+
+
+TestPool = PoolMachine.TestCase
+
+
+class EvictionMachine(RuleBasedStateMachine):
+    """Nothing is pinned and every fill succeeds at once: then eviction is plain LRU by chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = Pool(CAPACITY)
+        self.order: list[BlockHash] = []
+
+    @rule(used=chains)
+    def store(self, used: list[BlockHash]) -> None:
+        here = [block for block in used if block in self.order]
+        self.order = [block for block in self.order if block not in here] + here[::-1]
+        absent = [block for block in used if block not in here]
+        victims = max(0, len(self.order) + len(absent) - CAPACITY)
+        _, slots, evicted = self.pool.reserve(used, fill=1)
+        assert evicted == self.order[:victims]
+        self.pool.commit(slots)
+        self.order = self.order[victims:] + absent[::-1]
+
+    @rule(used=chains)
+    def touch(self, used: list[BlockHash]) -> None:
+        self.pool.touch(used)
+        here = [block for block in used if block in self.order]
+        self.order = [block for block in self.order if block not in here] + here[::-1]
+
+
+TestEviction = EvictionMachine.TestCase
