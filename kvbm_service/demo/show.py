@@ -204,6 +204,7 @@ def _start_engines(
 def _share(a: Engine, b: Engine, watcher: Watcher, console: Console) -> Outcome:
     chooser = random.Random(7)
     warm_up, prompt = ([chooser.randrange(VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in "12")
+    console.rule("warming up")
     for engine in (a, b):  # the first prompt of an engine's life pays for what is made lazily
         engine.ask(warm_up, 2, cache_salt="warm-up")
     console.rule("engine A computes the prompt")
