@@ -540,7 +540,7 @@ class _BusSide:
     async def _beat(self, membership: Membership, epoch: int) -> None:
         beat = self._leader.on_core(lambda core: core.journal.beat(), None)
         if beat is not None:
-            await self._tell_all("events", beat)
+            self.carry_out([Publish(beat)])  # behind the events that it speaks of
         try:
             await membership.update(self._leader.record(epoch))
         except DirectoryError as error:

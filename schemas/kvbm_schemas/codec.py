@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, Union
 
 import msgspec
 
@@ -61,12 +61,17 @@ def encode(message: Message, wire: Wire = Wire.MSGPACK) -> bytes:
     return _json.encode(message) if wire is Wire.JSON else _msgpack.encode(message)
 
 
+class _Nobody(msgspec.Struct, frozen=True, tag_field="type", tag="nobody"):
+    """Never sent. Where only one type is expected, msgspec asks for no tag; among two, it does."""
+
+
 class Decoder(Generic[M]):
     """Reads one type (or union) of message, from either wire format."""
 
     def __init__(self, kind: type[M]) -> None:
-        self._msgpack: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kind)
-        self._json: msgspec.json.Decoder[M] = msgspec.json.Decoder(kind)
+        tagged: Any = Union[kind, _Nobody]  # noqa: UP007
+        self._msgpack: msgspec.msgpack.Decoder[M | _Nobody] = msgspec.msgpack.Decoder(tagged)
+        self._json: msgspec.json.Decoder[M | _Nobody] = msgspec.json.Decoder(tagged)
 
     def decode(self, payload: bytes) -> M:
         """Read a message.
@@ -77,8 +82,10 @@ class Decoder(Generic[M]):
         if len(payload) > MAX_MESSAGE_BYTES:
             raise Malformed(f"{len(payload)} bytes, more than {MAX_MESSAGE_BYTES}")
         try:
-            if payload[:1] == b"{":
-                return self._json.decode(payload)
-            return self._msgpack.decode(payload)
+            decoder = self._json if payload[:1] == b"{" else self._msgpack
+            message = decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Malformed(str(error)) from error
+        if isinstance(message, _Nobody):
+            raise Malformed("nobody sends this")
+        return message

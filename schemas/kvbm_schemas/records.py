@@ -12,14 +12,17 @@ from kvbm_schemas.message import MAX_U63, Epoch, Message, Token
 Address = Annotated[int, msgspec.Meta(ge=0, le=MAX_U63)]
 """An address in the process of the rank that published it."""
 
+Blocks = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=MAX_U63)]
+
 
 class TierStatus(msgspec.Struct, frozen=True):
     """How full a tier is, in blocks."""
 
     tier: Tier
-    capacity: int
-    used: int
-    pinned: int
+    capacity: Blocks
+    used: Blocks
+    pinned: Blocks
 
 
 class NodeRecord(Message, frozen=True):
@@ -28,11 +31,11 @@ class NodeRecord(Message, frozen=True):
     node: Token
     epoch: Epoch
     world_size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    block_bytes: int
+    block_bytes: Bytes
     """Bytes of one block over all ranks."""
     tiers: Annotated[tuple[TierStatus, ...], msgspec.Meta(max_length=8)] = ()
-    engine: str = ""
-    instance: str = ""
+    engine: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    instance: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """Tells two processes that claim the same name apart."""
 
 
@@ -45,12 +48,12 @@ class SlabRecord(msgspec.Struct, frozen=True):
 
     base: Address
     headers: Address
-    slots: int
-    slot_bytes: int
-    header_bytes: int
-    parts: tuple[int, ...] = ()
+    slots: Blocks
+    slot_bytes: Bytes
+    header_bytes: Bytes
+    parts: Annotated[tuple[Bytes, ...], msgspec.Meta(max_length=1 << 16)] = ()
     """Lengths in bytes of the pieces a block consists of, in order; they fill the slot."""
-    layout: str = ""
+    layout: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """A digest of how the engine arranges a block's bytes; blocks fit only where it is equal."""
 
 
@@ -63,7 +66,7 @@ class RankRecord(Message, frozen=True):
     agent: Annotated[str, msgspec.Meta(max_length=256)]
     agent_metadata: Annotated[bytes, msgspec.Meta(max_length=1 << 18)]
     slab: SlabRecord
-    device_blocks: int = 0
+    device_blocks: Blocks = 0
     """Blocks in the engine's own device pool on this rank."""
 
 
