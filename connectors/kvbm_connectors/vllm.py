@@ -73,7 +73,7 @@ class KvbmConnector(KVConnectorBase_V1):
             connect = over_nats(settings, f"kvbm leader {node}")
             leader = LeaderService(settings, scope, node, world_size, connect, engine="vllm")
             leader.start()
-            events = EngineEvents(_publishes_events(vllm_config), block_size)
+            events = EngineEvents(leader, _publishes_events(vllm_config), block_size)
             self._scheduler_side = SchedulerSide(leader, block_size, events)
         else:
             rank = vllm_config.parallel_config.rank

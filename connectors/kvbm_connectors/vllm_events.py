@@ -35,17 +35,21 @@ class _Described(NamedTuple):
 class EngineEvents:
     """Translates one leader's events. Costs nothing unless vLLM publishes KV events."""
 
-    def __init__(self, enabled: bool, block_size: int) -> None:
-        self.enabled = enabled
+    def __init__(self, leader: LeaderService, enabled: bool, block_size: int) -> None:
+        self._leader = leader
+        self._enabled = enabled
         self._block_size = block_size
         self._described: dict[BlockHash, _Described] = {}
+        self._translated: list[KVCacheEvent] = []
+        self._catch_up()  # the leader collects events from the first time on
 
     def offered(self, request: Request, first: int, last: int) -> None:
         """Blocks `first` to `last` of the request may soon be stored: remember what they are."""
-        if not self.enabled:
+        if not self._enabled:
             return
         from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
+        self._catch_up()  # lest an earlier removal make us forget what is described here
         lora = request.lora_request
         for index in range(first, last):
             name = name_of(request.block_hashes[index])
@@ -62,9 +66,16 @@ class EngineEvents:
         while len(self._described) > MAX_DESCRIBED:
             del self._described[next(iter(self._described))]
 
-    def translate(self, leader: LeaderService) -> list[KVCacheEvent]:
+    def take(self) -> list[KVCacheEvent]:
         """The leader's events since the last call."""
-        return [event for ours in leader.take_engine_events() for event in self._translate(ours)]
+        self._catch_up()
+        events, self._translated = self._translated, []
+        return events
+
+    def _catch_up(self) -> None:
+        if self._enabled:
+            for event in self._leader.take_engine_events():
+                self._translated.extend(self._translate(event))
 
     def _translate(self, event: BlockEvent) -> Iterator[KVCacheEvent]:
         from vllm.distributed.kv_events import BlockRemoved, BlockStored

@@ -65,7 +65,6 @@ class SchedulerSide:
         self._events = events
         self._followed: dict[str, _Followed] = {}
         self._pool: BlockPool | None = None
-        self.take_events()  # the first call begins to collect them
 
     def bind_block_pool(self, pool: BlockPool) -> None:
         """Where the source blocks of saves are held."""
@@ -198,7 +197,7 @@ class SchedulerSide:
 
     def take_events(self) -> list[KVCacheEvent]:
         """Our tiers' part of vLLM's own KV event stream."""
-        return self._events.translate(self._leader) if self._events.enabled else []
+        return self._events.take()
 
     def reset(self) -> None:
         """Forget every block."""
