@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     from vllm.config import ModelConfig
 
     from kvbm_service.adapters.nats_server import EmbeddedNats
+    from tests.connectors.cluster import LiveRegistry
     from tests.connectors.engine import Engine, Shape
     from tests.connectors.stand_in import ARCHITECTURE, register
 
@@ -35,6 +36,9 @@ MODEL = {
     "max_position_embeddings": 1024,
     "torch_dtype": "float32",
 }
+
+PATIENT = {"KVBM_LOOKUP_DEADLINE_MS": 5_000}
+"""Slow machines may take their time; an answer ends the waiting."""
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +72,25 @@ def make_engine(
     yield make
     for engine in reversed(engines):
         engine.close()
+
+
+@pytest.fixture
+def registry(nats: EmbeddedNats) -> Iterator[LiveRegistry]:
+    with LiveRegistry(nats.url) as registry:
+        yield registry
+
+
+@pytest.fixture
+def make_node(
+    make_engine: Callable[..., Engine], nats: EmbeddedNats, registry: LiveRegistry
+) -> Callable[..., Engine]:
+    """Makes engines of one cluster."""
+
+    def make(name: str, **shape: Any) -> Engine:
+        extra = PATIENT | shape.pop("extra", {})
+        return make_engine(node=name, nats=nats.url, extra=extra, **shape)
+
+    return make
 
 
 def pytest_report_header() -> str:

@@ -37,6 +37,7 @@ from vllm.config import (
     SchedulerConfig,
     VllmConfig,
 )
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -57,6 +58,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from kvbm_connectors.vllm_events import MEDIUM
 from kvbm_connectors.vllm_layout import name_of
 from kvbm_schemas.block import BlockHash
 from kvbm_service.core.leader import Leader
@@ -228,6 +230,7 @@ class Engine:
         salt: str | None = None,
         lora: str = "",
         name: str = "",
+        sampling: dict[str, Any] | None = None,
     ) -> Asked:
         """Add a request that wants `tokens` tokens."""
         prompt = list(prompt)
@@ -235,7 +238,7 @@ class Engine:
         request = Request(
             request_id=name or f"request-{number}",
             prompt_token_ids=prompt,
-            sampling_params=SamplingParams(max_tokens=tokens, ignore_eos=True),
+            sampling_params=SamplingParams(max_tokens=tokens, ignore_eos=True, **(sampling or {})),
             pooling_params=None,
             cache_salt=salt,
             lora_request=LoRARequest(lora, 1, "/nowhere") if lora else None,
@@ -307,8 +310,15 @@ class Engine:
         starts |= dict(zip(cached.req_ids, known, strict=True))
 
         def forward(rank: Rank) -> None:
+            # All write before anyone reads: what one request computes in this step, another
+            # may attend to in the same step.
+            ends = {
+                name: at + output.num_scheduled_tokens[name] for name, (at, _) in starts.items()
+            }
             for request, (start, _) in starts.items():
-                self._compute(rank, request, start, start + output.num_scheduled_tokens[request])
+                self._compute(rank, request, start, ends[request])
+            for request, end in ends.items():
+                self._check(rank, request, end)
 
         sampled = []
         for request, (start, generated) in starts.items():
@@ -334,10 +344,12 @@ class Engine:
 
     def _compute(self, rank: Rank, request: str, start: int, end: int) -> None:
         (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request)
-        digests = self._asked[request].text.digests(end)
-        wrong = rank.wrong(blocks, digests[:start])
-        assert not wrong, f"{request} would attend to wrong bytes at {wrong} of {start}"
-        rank.write(blocks, digests, start)
+        rank.write(blocks, self._asked[request].text.digests(end), start)
+
+    def _check(self, rank: Rank, request: str, end: int) -> None:
+        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request)
+        wrong = rank.wrong(blocks, self._asked[request].text.digests(end))
+        assert not wrong, f"{request} would attend to wrong bytes at {wrong} of {end}"
 
     def _update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
         for outputs in self.scheduler.update_from_output(output, result).values():
@@ -354,6 +366,16 @@ class Engine:
         core = self.connector._scheduler_side._leader._core
         assert isinstance(core, Leader)
         return core
+
+    def announced(self) -> set[Any]:
+        """What a subscriber to vLLM's events believes to be in the host tier."""
+        held: set[Any] = set()
+        for event in self.events:
+            if isinstance(event, BlockStored) and event.medium == MEDIUM:
+                held |= set(event.block_hashes)
+            elif isinstance(event, BlockRemoved) and event.medium == MEDIUM:
+                held -= set(event.block_hashes)
+        return held
 
     def held_names(self) -> set[Any]:
         """What is in the host tier, by the names that vLLM's events use."""

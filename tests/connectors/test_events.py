@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -11,13 +10,9 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from tests.connectors.cluster import eventually
 from tests.connectors.engine import BLOCK, Engine, prompt
+from tests.connectors.releases import needs_sources
 
 MakeEngine = Callable[..., Engine]
-
-needs_sources = pytest.mark.skipif(
-    importlib.util.find_spec("vllm.v1.metrics.cache_hit_source") is None,
-    reason="this vLLM does not ask where tokens come from",
-)
 
 
 def stored(engine: Engine) -> list[BlockStored]:
@@ -68,13 +63,7 @@ def test_a_subscriber_knows_exactly_what_the_host_tier_holds(
     for turn in range(12):
         engine.ask(prompt(30, seed=turn % 5), tokens=8)
         engine.forget_device()
-    held: set[object] = set()
-    for event in engine.events:
-        if isinstance(event, BlockStored) and event.medium == "CPU":
-            held |= set(event.block_hashes)
-        elif isinstance(event, BlockRemoved) and event.medium == "CPU":
-            held -= set(event.block_hashes)
-    assert held == engine.held_names()
+    assert engine.announced() == engine.held_names()
 
 
 def test_a_reset_takes_back_what_was_announced(make_engine: MakeEngine) -> None:
@@ -85,6 +74,15 @@ def test_a_reset_takes_back_what_was_announced(make_engine: MakeEngine) -> None:
     announced = {each for event in stored(engine) for each in event.block_hashes}
     taken_back = {each for event in removed(engine) for each in event.block_hashes}
     assert announced == taken_back
+
+
+def test_blocks_saved_right_after_a_reset_are_announced(make_engine: MakeEngine) -> None:
+    engine = make_engine(events=True)
+    engine.ask(prompt(21))
+    engine.connector.reset_cache()
+    engine.ask(prompt(21, seed=1))
+    assert len(engine.held_names()) == 5
+    assert engine.announced() == engine.held_names()
 
 
 def test_without_subscribers_nothing_is_remembered(make_engine: MakeEngine) -> None:

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
-import pytest
-
-from kvbm_service.adapters.nats_server import EmbeddedNats
 from tests.connectors.cluster import LiveRegistry, eventually
 from tests.connectors.engine import Engine, prompt
+from tests.connectors.releases import needs_sources
 
 MakeEngine = Callable[..., Engine]
-PATIENT = {"KVBM_LOOKUP_DEADLINE_MS": 5_000}
-"""Slow machines may take their time; an answer ends the waiting."""
-
-
-@pytest.fixture
-def registry(nats: EmbeddedNats) -> Iterator[LiveRegistry]:
-    with LiveRegistry(nats.url) as registry:
-        yield registry
-
-
-@pytest.fixture
-def make_node(
-    make_engine: MakeEngine, nats: EmbeddedNats, registry: LiveRegistry
-) -> Callable[..., Engine]:
-    """Makes engines of one cluster."""
-
-    def make(name: str, **shape: Any) -> Engine:
-        extra = PATIENT | shape.pop("extra", {})
-        return make_engine(node=name, nats=nats.url, extra=extra, **shape)
-
-    return make
 
 
 def meet(*engines: Engine) -> None:
@@ -92,6 +68,29 @@ def test_a_beginning_from_here_and_an_end_from_there_make_one_prefix(
     assert (asked.loaded, asked.computed) == (60, 1)
     gate = reader.ranks[0].gate
     assert (gate.loads.blocks, gate.pulls.blocks) == (5, 10)
+    eventually(lambda: nothing_leased(owner))
+
+
+@needs_sources
+def test_tokens_from_here_and_from_there_are_told_apart(
+    make_node: MakeEngine, registry: LiveRegistry
+) -> None:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    owner, reader = make_node("owner"), make_node("reader")
+    meet(owner, reader)
+    reader.ask(prompt(21))
+    owner.ask(prompt(61))
+    eventually(lambda: registry.copies == 20)
+    reader.forget_device()
+    pulls = reader.ranks[0].gate.pulls
+    pulls.close()
+    asked = reader.submit(prompt(61))
+    reader.until(lambda: pulls.waiting)
+    sources = reader.connector.get_external_cache_hit_sources(asked.request, 60)
+    assert sources == {CacheHitSource.HOST: 20, CacheHitSource.P2P: 40}
+    pulls.open()
+    reader.run()
     eventually(lambda: nothing_leased(owner))
 
 

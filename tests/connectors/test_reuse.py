@@ -99,6 +99,13 @@ def test_a_full_host_tier_makes_room_for_newer_prompts(make_engine: MakeEngine) 
     assert engine.ask(prompt(41, seed=4)).loaded == 40
 
 
+def test_a_request_that_wants_its_prompt_s_probabilities_is_computed(engine: Engine) -> None:
+    engine.ask(prompt(41))
+    engine.forget_device()
+    asked = engine.ask(prompt(41), sampling={"prompt_logprobs": 1})
+    assert (asked.loaded, asked.computed) == (0, 41)
+
+
 def test_a_request_name_may_be_used_again(engine: Engine) -> None:
     engine.ask(prompt(41), name="the same")
     engine.forget_device()

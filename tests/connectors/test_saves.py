@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from tests.connectors.engine import BLOCK, Engine, prompt
+from tests.connectors.releases import needs_patience
 
 MakeEngine = Callable[..., Engine]
-
-WAITS_FOR_HELD_BLOCKS = hasattr(KVConnectorBase_V1, "has_pending_block_frees")
-"""Whether this vLLM asks the connector before it preempts somebody."""
 
 
 def test_an_engine_without_requests_steps_on_until_its_saves_are_done(
@@ -87,7 +84,7 @@ def test_a_request_preempted_during_its_save_leaves_right_bytes(make_engine: Mak
     assert engine.ask(prompt(21)).loaded == 20
 
 
-@pytest.mark.skipif(not WAITS_FOR_HELD_BLOCKS, reason="this vLLM preempts without asking")
+@needs_patience
 def test_nobody_is_preempted_while_saves_will_give_blocks_back(make_engine: MakeEngine) -> None:
     engine = make_engine(blocks=12)
     saves = engine.ranks[0].gate.saves
