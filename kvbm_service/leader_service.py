@@ -72,6 +72,7 @@ class LeaderService:
         world_size: int,
         connect: Connect,
         engine: str = "",
+        engine_wants_events: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.node = node
@@ -86,7 +87,7 @@ class LeaderService:
         self._core: Leader | None = None
         self._instance = secrets.token_hex(8)
         self._engine_events: list[BlockEvent] = []
-        self._keep_engine_events = False
+        self._keep_engine_events = engine_wants_events
         self._bus_side = _BusSide(self, connect)
         self._loop = LoopThread("kvbm-leader", self._bus_side.run)
         self._started_at = clock()
@@ -200,9 +201,8 @@ class LeaderService:
         return self._core is not None and self._core.holds_device_blocks
 
     def take_engine_events(self) -> list[BlockEvent]:
-        """The block events since the last call, for the engine's own event stream."""
+        """The block events since the last call, if the engine wants them for its own stream."""
         with self._lock:
-            self._keep_engine_events = True
             events, self._engine_events = self._engine_events, []
         return events
 

@@ -71,9 +71,18 @@ class KvbmConnector(KVConnectorBase_V1):
                     transfer.kv_load_failure_policy,
                 )
             connect = over_nats(settings, f"kvbm leader {node}")
-            leader = LeaderService(settings, scope, node, world_size, connect, engine="vllm")
+            wants_events = _publishes_events(vllm_config)
+            leader = LeaderService(
+                settings,
+                scope,
+                node,
+                world_size,
+                connect,
+                engine="vllm",
+                engine_wants_events=wants_events,
+            )
             leader.start()
-            events = EngineEvents(leader, _publishes_events(vllm_config), block_size)
+            events = EngineEvents(leader, wants_events, block_size)
             self._scheduler_side = SchedulerSide(leader, block_size, events)
         else:
             rank = vllm_config.parallel_config.rank

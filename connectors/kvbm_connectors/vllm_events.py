@@ -41,7 +41,6 @@ class EngineEvents:
         self._block_size = block_size
         self._described: dict[BlockHash, _Described] = {}
         self._translated: list[KVCacheEvent] = []
-        self._catch_up()  # the leader collects events from the first time on
 
     def offered(self, request: Request, first: int, last: int) -> None:
         """Blocks `first` to `last` of the request may soon be stored: remember what they are."""
