@@ -251,7 +251,7 @@ def _log_like_vllm() -> None:
         ours = logging.getLogger(package)
         ours.handlers = theirs.handlers
         ours.setLevel(theirs.level)
-        ours.propagate = False
+        ours.propagate = theirs.propagate
 
 
 def _publishes_events(config: VllmConfig) -> bool:
