@@ -147,7 +147,7 @@ def lasting_pair(site: Site, shared_engines: Engines) -> tuple[Node, Node]:
         shared_engines.start_node(name, site.cluster.url, cores=cores)
         for name, cores in zip(("node-A", "node-B"), share_cores(engines=2), strict=True)
     ]
-    a, b = (Node(engine.wait_ready(), site.witness) for engine in started)
+    a, b = (Node(engine.wait_ready(), site.witness).wait_joined() for engine in started)
     return a, b
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kvbm_schemas.events import Beat
 from kvbm_schemas.subjects import Scope
 from kvbm_service.demo.engine import BLOCK_TOKENS, Engine, EngineOptions
 from kvbm_service.demo.model import VOCABULARY
@@ -24,6 +25,7 @@ ANSWER_SECONDS = 60.0
 REST_SECONDS = 15.0
 MEMBERSHIP_SECONDS = 4.0
 LOOKUP_SECONDS = 2.0
+TRANSFER_SECONDS = 3.0
 DEVICE_BLOCKS = 40
 HOST_BLOCKS = 48
 
@@ -53,6 +55,7 @@ def node_options(model: Path, log: Path, url: str, name: str, **changed: Any) ->
         "KVBM_VERIFY": True,
         "KVBM_LOOKUP_DEADLINE_MS": LOOKUP_SECONDS * 1e3,
         "KVBM_MEMBERSHIP_SECONDS": MEMBERSHIP_SECONDS,
+        "KVBM_TRANSFER_TIMEOUT_SECONDS": TRANSFER_SECONDS,
         "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": HOST_BLOCKS,
     } | changed.pop("connector", {})
     arguments = {"worker_extension_cls": "worker_probe.Probe"} | changed.pop("arguments", {})
@@ -124,6 +127,13 @@ class Node:
                 f"{self.name} has ended the request",
                 lambda: not self.engine.call_workers("kvbm_device_blocks")[0],
             )
+
+    def wait_joined(self, seconds: float = 3 * MEMBERSHIP_SECONDS) -> Node:
+        """Wait until the node takes part: what it comes to hold from now on, it tells of."""
+        report = self.witness.listen()
+        what = f"{self.name} takes part"
+        self.witness.wait(what, lambda: report.of(Beat, self.name), seconds)
+        return self
 
     def wait_until_it_reads_from(self, owner: Node, seconds: float) -> None:
         """Wait until a prompt that `owner` has computed is read from there."""

@@ -67,8 +67,8 @@ def test_the_engine_joins_when_nats_appears_and_others_use_its_blocks(
     expected = reference.answer(question)
     alone.ask(question)  # while nobody can know
     site.cluster.nats.start()
-    site.witness.wait("the node is in the directory", lambda: alone.name in site.witness.nodes(),
-                      JOIN_SECONDS)  # fmt: skip
+    alone.wait_joined(JOIN_SECONDS)
+    assert alone.name in site.witness.nodes()
     _, reader = lasting_pair
     reader.forget()
     report = site.witness.listen()

@@ -15,6 +15,7 @@ import pytest
 from kvbm_service.demo.engine import Engine, EngineFailed, share_cores
 from kvbm_service.demo.model import make_model
 from kvbm_service.demo.process_group import end_group, members
+from tests.integration.conftest import Reference
 
 TAIL = list(range(40))
 
@@ -25,8 +26,8 @@ def prompt(seed: int, tokens: int = 300) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def engine(lasting_engines) -> Engine:  # type: ignore[no-untyped-def]
-    return lasting_engines.start("alone", device_blocks=64).wait_ready()
+def engine(reference: Reference) -> Engine:
+    return reference.engine.wait_ready()
 
 
 def test_the_answer_from_the_engines_own_cache_is_the_computed_one(engine: Engine) -> None:

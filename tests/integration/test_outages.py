@@ -67,7 +67,7 @@ def test_own_tiers_go_on_without_nats_and_sharing_resumes_with_it(
     site: Site, reference: Reference, pair: Pair, wiped: bool
 ) -> None:
     a, b = pair
-    before, during, after = (prompt((when, wiped), BLOCKS) for when in ("before", "during", "after"))
+    before, during, after = (prompt((when, wiped), BLOCKS) for when in ("old", "new", "other"))
     a.compute(before, BLOCKS)
     _, scope, names = a.compute(after, BLOCKS)
     a.forget_device()

@@ -81,9 +81,7 @@ def _tier() -> HostTier:
 
 def _device_pieces(block: int) -> list[tuple[int, int]]:
     """Where the bytes of a device block are: address and length of each piece."""
-    return [
-        (region.address + block * region.stride, region.length) for region in _tier().regions
-    ]
+    return [(region.address + block * region.stride, region.length) for region in _tier().regions]
 
 
 def _slot_piece(slot: int) -> tuple[int, int]:
