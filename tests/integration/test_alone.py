@@ -16,8 +16,8 @@ JOIN_SECONDS = 15.0
 
 
 @pytest.fixture(scope="module")
-def alone(site: Site, lasting_engines: Engines) -> Iterator[Node]:
-    """A node that has never seen NATS. It appears when the first test asks for it."""
+def alone(site: Site, lasting_pair: tuple[Node, Node], lasting_engines: Engines) -> Iterator[Node]:
+    """A node that has never seen NATS, while two others, which have, go on without it."""
     site.cluster.nats.stop()
     engine = lasting_engines.start_node("node-alone", site.cluster.url).wait_ready()
     yield Node(engine, site.witness)

@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from kvbm_schemas.subjects import Scope
 from kvbm_service.demo.engine import Engine, EngineFailed, share_cores
+from kvbm_service.errors import SettingError
+from kvbm_service.host_worker import start_worker
+from kvbm_service.network import over_nats
+from kvbm_service.settings import Settings
 from tests.integration.conftest import Engines, Site
 
-WRONG = {
-    "no size": (
-        {"connector": {"DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": None}},
-        "DYN_KVBM_CPU_CACHE_GB=0.*the host tier has no size",
-    ),
-    "smaller than a block": (
-        {
-            "connector": {
-                "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": None,
-                "DYN_KVBM_CPU_CACHE_GB": 0.00001,
-            }
-        },
-        "one block takes 65536 bytes",
-    ),
-    "names nobody shares": (
-        {"arguments": {"prefix_caching_hash_algo": "xxhash"}},
-        "PYTHONHASHSEED",
-    ),
-}
+NO_SIZE = {"connector": {"DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": None}}
+RANDOM_NAMES = {"arguments": {"prefix_caching_hash_algo": "xxhash"}}
 
 
 @pytest.fixture(scope="module")
-def starting(site: Site, lasting_engines: Engines) -> dict[str, Engine]:
-    """All of them, starting side by side."""
-    cores = share_cores(engines=len(WRONG))
-    return {
-        what: lasting_engines.start_node(
-            what.replace(" ", "-"), site.cluster.url, cores=cores[index], **options
-        )
-        for index, (what, (options, _)) in enumerate(WRONG.items())
-    }
+def starting(site: Site, lasting_engines: Engines) -> tuple[Engine, Engine]:
+    """One whose host tier has no size, and one whose blocks have names that nobody shares."""
+    cores = share_cores(engines=2)
+    return (
+        lasting_engines.start_node("no-size", site.cluster.url, cores=cores[0], **NO_SIZE),
+        lasting_engines.start_node("xxhash", site.cluster.url, cores=cores[1], **RANDOM_NAMES),
+    )
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_an_engine_does_not_start_with_a_host_tier_of(
-    starting: dict[str, Engine], what: str
+def test_an_engine_whose_host_tier_has_no_size_does_not_start(
+    starting: tuple[Engine, Engine],
 ) -> None:
-    with pytest.raises(EngineFailed, match=WRONG[what][1]):
-        starting[what].wait_ready()
+    with pytest.raises(EngineFailed, match=r"DYN_KVBM_CPU_CACHE_GB=0.*the host tier has no size"):
+        starting[0].wait_ready()
+
+
+def test_an_engine_whose_blocks_have_random_names_does_not_start(
+    starting: tuple[Engine, Engine],
+) -> None:
+    with pytest.raises(EngineFailed, match=r"prefix-caching-hash-algo.*PYTHONHASHSEED"):
+        starting[1].wait_ready()
+
+
+def test_a_host_tier_that_is_smaller_than_a_block_is_refused() -> None:
+    settings = Settings.load({}, {"DYN_KVBM_CPU_CACHE_GB": 0.00001})
+    layers = {"layer": torch.zeros(40, 2, 32, 2, 32)}
+    scope, connect = Scope("default", "test"), over_nats(settings, "test")
+    with pytest.raises(SettingError, match="one block takes 32768 bytes over all ranks; set at"):
+        start_worker(settings, scope, "node", 0, 2, layers, 40, connect)

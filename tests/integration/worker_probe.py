@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvbm_service.adapters.host_tier import HostTier
     from kvbm_service.worker_service import WorkerService
 
-HOLD_SECONDS = 60.0
+HOLD_SECONDS = 120.0
 """A rank that nobody lets go goes on by itself."""
 
 _let_go = threading.Event()
