@@ -297,6 +297,13 @@ class Engine:
         """Step until the engine would go to sleep."""
         self.until(lambda: not (self.scheduler.has_requests() or self._under_way), seconds)
 
+    def settle(self, seconds: float = PATIENCE_SECONDS) -> None:
+        """Without a step, wait until the ranks have ended every save that they were given."""
+        deadline = time.monotonic() + seconds
+        while any(len(self.core._saves) > rank.unreported_saves for rank in self.ranks):
+            assert time.monotonic() < deadline, f"not within {seconds} s"
+            time.sleep(0.0005)
+
     def _note_loads(self) -> None:
         for asked in self._asked.values():
             status = asked.request.status

@@ -115,6 +115,21 @@ def test_a_failed_load_fails_the_request_where_the_operator_wants_that(
     assert not asked.answer
 
 
+def test_a_request_aborted_while_it_waits_for_room_lets_its_blocks_go(
+    make_engine: MakeEngine,
+) -> None:
+    engine = with_a_lost_prompt(make_engine, blocks=18)
+    first = engine.submit(prompt(45, seed=1), tokens=8)
+    engine.until(lambda: first.answer)
+    second = engine.submit(prompt(41))
+    engine.until(lambda: engine.core.pool.pinned == 10)
+    engine.step()
+    assert not engine.ranks[0].gate.loads.calls
+    engine.abort(second)
+    assert engine.core.pool.pinned == 0
+    engine.run()
+
+
 def test_a_request_aborted_during_its_load_keeps_its_blocks_until_the_load_is_over(
     make_engine: MakeEngine,
 ) -> None:
@@ -174,6 +189,38 @@ def test_what_is_being_read_is_not_evicted(make_engine: MakeEngine) -> None:
     engine.run()
     assert asked.answer == asked.text.generated(1)
     assert asked.computed == 1
+
+
+def test_what_a_slow_rank_is_still_reading_is_not_evicted(make_engine: MakeEngine) -> None:
+    engine = with_a_lost_prompt(make_engine, ranks=2, slots=10)
+    fast, slow = (rank.gate.loads for rank in engine.ranks)
+    slow.close()
+    asked = engine.submit(prompt(41))
+    engine.until(lambda: fast.blocks == 10 and slow.waiting)
+    other = engine.submit(prompt(61, seed=1))
+    engine.until(lambda: other.finished)
+    assert engine.core.pool.pinned == 10
+    slow.open()
+    engine.run()
+    assert asked.computed == 1
+
+
+def test_a_block_that_only_the_slower_rank_could_not_read_is_forgotten(
+    make_engine: MakeEngine,
+) -> None:
+    engine = with_a_lost_prompt(make_engine, ranks=2)
+    fast, slow = (rank.gate.loads for rank in engine.ranks)
+    slow.close()
+    slow.failing = True
+    asked = engine.submit(prompt(41))
+    engine.until(lambda: fast.blocks == 10 and slow.waiting)
+    for _ in range(5):
+        engine.step()
+    slow.open()
+    engine.until(lambda: not engine.core.busy)
+    assert len(engine.core.pool) == 0
+    engine.run()
+    assert asked.computed == 41
 
 
 def test_a_reset_during_a_load_spoils_nothing(make_engine: MakeEngine) -> None:

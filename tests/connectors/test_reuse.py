@@ -68,7 +68,12 @@ def test_generated_blocks_are_saved_too(engine: Engine) -> None:
 
 def test_a_prompt_computed_in_pieces_comes_back_whole(make_engine: MakeEngine) -> None:
     engine = make_engine(batch_tokens=10)
-    engine.ask(prompt(61))
+    asked = engine.submit(prompt(61))
+    while engine.scheduler.has_requests():
+        engine.step()
+        engine.settle()  # whatever is saved in a step has to be complete in that step
+    assert asked.answer == asked.text.generated(1)
+    assert asked.computed == 61
     assert engine.steps >= 7
     engine.forget_device()
     assert engine.ask(prompt(61)).loaded == 60
