@@ -51,7 +51,7 @@ def test_a_registry_that_never_answers_costs_no_more_than_the_deadline(
     began = time.monotonic()
     asked = engine.submit(prompt(41))
     engine.until(lambda: asked.computed)
-    assert 0.3 <= time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < 1.2  # by then the request itself has timed out
     engine.run()
     assert registry.asked
     assert asked.answer == asked.text.generated(1)
