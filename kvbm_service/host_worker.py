@@ -34,11 +34,13 @@ def start_worker(
     kv_caches: Mapping[str, torch.Tensor],
     device_blocks: int,
     connect: Connect,
+    instance: str = "",
 ) -> WorkerService:
     """Allocate one rank's share of the host tier beside its KV tensors, and start its worker.
 
     `kv_caches` has one tensor per layer; `device_blocks` of them fit into each. The slab has
     as many slots as the settings allow if all `world_size` ranks have blocks like this one's.
+    `instance` names the engine's present life, as its leader does.
 
     Raises:
         LayoutError: the tensors cannot be cached, or the memory is not there.
@@ -65,6 +67,7 @@ def start_worker(
         agent_metadata=mover.agent_metadata,
         slab=msgspec.structs.replace(tier.slab.record(), layout=_layout(kv_caches)),
         device_blocks=device_blocks,
+        instance=instance,
     )
     return WorkerService(record, mover, scope, connect)
 

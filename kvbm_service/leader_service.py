@@ -72,6 +72,7 @@ class LeaderService:
         world_size: int,
         connect: Connect,
         engine: str = "",
+        instance: str = "",
         engine_wants_events: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -85,7 +86,8 @@ class LeaderService:
         self._lock = threading.Lock()
         self._roster = Roster(world_size)
         self._core: Leader | None = None
-        self._instance = secrets.token_hex(8)
+        self._instance = instance
+        """This life of the engine: a rank of an earlier one may still be in the directory."""
         self._engine_events: list[BlockEvent] = []
         self._keep_engine_events = engine_wants_events
         self._bus_side = _BusSide(self, connect)
@@ -113,6 +115,10 @@ class LeaderService:
             if self._core is None and self._roster.complete:
                 self._core = self._make_core()
         self._loop.call(self._bus_side.wake)
+
+    def is_own(self, record: RankRecord) -> bool:
+        """Whether a rank that the directory lists under our name belongs to this life."""
+        return record.instance == self._instance
 
     def require_ranks(self) -> None:
         """Check that all ranks reported in time.
@@ -481,7 +487,7 @@ class _BusSide:
 
     def _on_own_rank(self, change: Change) -> None:
         record = None if change.value is None else decode_record(change.key, change.value)
-        if isinstance(record, RankRecord):
+        if isinstance(record, RankRecord) and self._leader.is_own(record):
             self._attach(record)
 
     def _on_peer(self, change: Change) -> None:

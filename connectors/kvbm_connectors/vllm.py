@@ -79,6 +79,7 @@ class KvbmConnector(KVConnectorBase_V1):
                 world_size,
                 connect,
                 engine="vllm",
+                instance=vllm_layout.instance(vllm_config),
                 engine_wants_events=wants_events,
             )
             leader.start()
@@ -94,6 +95,7 @@ class KvbmConnector(KVConnectorBase_V1):
                 world_size,
                 kv_cache_config.num_blocks,
                 over_nats(settings, f"kvbm worker {node} rank {rank}"),
+                vllm_layout.instance(vllm_config),
             )
 
     @property

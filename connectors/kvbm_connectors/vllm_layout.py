@@ -123,6 +123,15 @@ def node_name(config: VllmConfig, settings: Settings) -> str:
     return name
 
 
+def instance(config: VllmConfig) -> str:
+    """This life of the engine: the same in all of its processes, another at its next start."""
+    transfer = config.kv_transfer_config
+    assert transfer is not None
+    rank = config.parallel_config.data_parallel_rank
+    described = f"{transfer.engine_id}/{config.instance_id}/{rank}"
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
 def name_of(block_hash: bytes) -> BlockHash:
     """A block's name: the head of vLLM's own chained hash."""
     return BlockHash(block_hash[:HASH_BYTES])

@@ -35,6 +35,7 @@ class WorkerSide:
         world_size: int,
         device_blocks: int,
         connect: Connect,
+        instance: str,
     ) -> None:
         self._settings = settings
         self._scope = scope
@@ -43,6 +44,7 @@ class WorkerSide:
         self._world_size = world_size
         self._device_blocks = device_blocks
         self._connect = connect
+        self._instance = instance
         self._worker: WorkerService | None = None
         self._collected: StepResults | None = None
 
@@ -60,6 +62,7 @@ class WorkerSide:
             kv_caches,
             self._device_blocks,
             self._connect,
+            self._instance,
         )
 
     def handshake(self) -> KvbmHandshake | None:

@@ -261,7 +261,8 @@ class _Bucket:
         if there.max_age != self._lease_seconds:
             raise DirectoryError(
                 f"the bucket {self._stream} was made for a lease of {there.max_age:g} s, and we "
-                f"have {self._lease_seconds:g} s: all nodes need the same (or remove the bucket)"
+                f"have {self._lease_seconds:g} s: all nodes and registries need "
+                "the same KVBM_MEMBERSHIP_SECONDS (or remove the bucket)"
             )
 
     async def _find_or_add(self, jetstream: JetStreamContext) -> StreamConfig:

@@ -68,6 +68,8 @@ class RankRecord(Message, frozen=True):
     slab: SlabRecord
     device_blocks: Blocks = 0
     """Blocks in the engine's own device pool on this rank."""
+    instance: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """The engine's life that this rank belongs to; its leader says the same of itself."""
 
 
 DirectoryRecord = NodeRecord | RankRecord

@@ -22,7 +22,7 @@ from tests.integration.witness import Report, Witness
 
 ANSWER_SECONDS = 60.0
 """No answer takes this long, whatever has died; an engine that does not answer hangs."""
-REST_SECONDS = 15.0
+REST_SECONDS = 60.0
 MEMBERSHIP_SECONDS = 4.0
 LOOKUP_SECONDS = 2.0
 TRANSFER_SECONDS = 3.0
@@ -128,7 +128,7 @@ class Node:
                 lambda: not self.engine.call_workers("kvbm_device_blocks")[0],
             )
 
-    def wait_joined(self, seconds: float = 3 * MEMBERSHIP_SECONDS) -> Node:
+    def wait_joined(self, seconds: float = ANSWER_SECONDS) -> Node:
         """Wait until the node takes part: what it comes to hold from now on, it tells of."""
         report = self.witness.listen()
         what = f"{self.name} takes part"

@@ -11,7 +11,7 @@ from tests.integration.conftest import Engines, Reference, Site
 from tests.integration.node import DEVICE_BLOCKS, Node, prompt, same
 
 BLOCKS = 10
-JOIN_SECONDS = 15.0
+JOIN_SECONDS = 60.0
 """How soon a node is visible once NATS is there."""
 
 

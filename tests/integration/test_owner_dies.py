@@ -22,7 +22,7 @@ from tests.integration.node import (
 )
 
 BLOCKS = 4
-SLACK_SECONDS = 3.0
+SLACK_SECONDS = 15.0
 VICTIM = "node-victim"
 
 _lives = count(1)

@@ -11,7 +11,7 @@ from tests.integration.node import Node, prompt, same
 Pair = tuple[Node, Node]
 
 BLOCKS = 10
-SHUNNED_SECONDS = 15.0
+SHUNNED_SECONDS = 60.0
 """A node that failed another is asked again before this."""
 
 

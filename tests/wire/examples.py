@@ -50,7 +50,7 @@ LEASE = "0123456789abcdef"
 SLAB = SlabRecord(base=1 << 40, headers=1 << 39, slots=4, slot_bytes=4096, header_bytes=32)
 RANK = RankRecord(
     node="a", rank=1, world_size=2, agent="a/1/x", agent_metadata=b"\x00\xff", slab=SLAB,
-    device_blocks=64,
+    device_blocks=64, instance="l1fe",
 )  # fmt: skip
 SAVE = Save(op=3, hashes=TWO, blocks=SLOTS, slots=SLOTS)
 LOCAL = LocalRead(hashes=TWO, fills=FILLS, slots=SLOTS, blocks=SLOTS)
