@@ -22,6 +22,7 @@ from kvbm_service.core.columns import pack_u32, pack_u64, unpack_u32, unpack_u64
 from kvbm_service.core.effects import Announce, AskOwner, AskRegistry, Effect, GiveBack, Publish
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.lease import LeaseTable
+from kvbm_service.core.load_order import order_load
 from kvbm_service.core.peers import Peers
 from kvbm_service.core.pool import Pool
 from kvbm_service.core.reads import MAX_PARTS, Grant, Part, Plan, Reader, Stage
@@ -143,7 +144,7 @@ class Leader:
         assert end <= plan.end, "more than was promised"
         op = self._next_op()
         seconds = self._limits.transfer_seconds
-        command, places = _load_command(op, request, reader, computed, device_blocks, now, seconds)
+        command, places = order_load(op, request, reader, computed, device_blocks, now, seconds)
         self._step.loads.append(command)
         self._loads[op] = LoadUnderWay(
             request, plan, places, set(range(self._world_size)), began=now
@@ -509,53 +510,3 @@ def _head_within(chain: Sequence[BlockHash], room: int, pool: Pool) -> tuple[int
 
 def _first_absent(chain: Sequence[BlockHash], pool: Pool) -> int:
     return next((i for i, block in enumerate(chain) if block not in pool), len(chain))
-
-
-def _load_command(
-    op: int,
-    request: str,
-    reader: Reader,
-    computed: int,
-    device_blocks: Sequence[int],
-    now: float,
-    transfer_seconds: float,
-) -> tuple[step.Load, dict[int, tuple[BlockHash, str]]]:
-    """Write out the plan for `chain[computed:]`: the command, and what each device block gets."""
-    plan = reader.plan
-    assert plan is not None
-    end = computed + len(device_blocks)
-    places: dict[int, tuple[BlockHash, str]] = {}
-
-    def place(start: int, stop: int, node: str) -> tuple[bytes, bytes]:
-        blocks = device_blocks[start - computed : stop - computed]
-        names = reader.chain[start:stop]
-        places.update((block, (name, node)) for block, name in zip(blocks, names, strict=True))
-        return pack(names), pack_u32(blocks)
-
-    local = None
-    if computed < (stop := min(plan.local_end, end)):
-        hashes, blocks = place(computed, stop, "")
-        local = step.LocalRead(
-            hashes=hashes,
-            blocks=blocks,
-            slots=pack_u32(plan.local_slots[computed - plan.start : stop - plan.start]),
-            fills=pack_u64(plan.local_fills[computed - plan.start : stop - plan.start]),
-        )
-    remote: list[step.RemoteRead] = []
-    for grant in plan.grants:
-        start, stop = max(computed, grant.start), min(grant.end, end)
-        if start >= stop:
-            continue
-        hashes, blocks = place(start, stop, grant.node)
-        remote.append(
-            step.RemoteRead(
-                node=grant.node,
-                agents=grant.agents,
-                seconds=max(0.0, min(transfer_seconds, grant.deadline - now)),
-                hashes=hashes,
-                blocks=blocks,
-                slots=pack_u32(grant.slots[start - grant.start : stop - grant.start]),
-                fills=pack_u64(grant.fills[start - grant.start : stop - grant.start]),
-            )
-        )
-    return step.Load(op=op, request=request, local=local, remote=tuple(remote)), places
