@@ -234,12 +234,12 @@ def _spawn(binary: Path, config: Path) -> subprocess.Popen[bytes]:
         # Ctrl-C is ours to handle: we stop the server last, not the terminal.
         process_group=0,
         # Safe beside threads: two system calls, no locks.
-        preexec_fn=(lambda: _die_with(parent)) if sys.platform == "linux" else None,
+        preexec_fn=(lambda: die_with(parent)) if sys.platform == "linux" else None,
     )
 
 
-def _die_with(parent: int) -> None:
-    """In the child, before nats-server: be ended when our parent ends, even by SIGKILL."""
+def die_with(parent: int) -> None:
+    """In a child, before its program: end when `parent` (its thread that forks) ends, even killed."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)

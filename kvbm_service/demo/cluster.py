@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,7 +19,7 @@ from kvbm_schemas.codec import encode
 from kvbm_schemas.requests import Locate
 from kvbm_schemas.subjects import REGISTRY_NODE, Scope
 from kvbm_service.adapters.nats_bus import NatsBus
-from kvbm_service.adapters.nats_server import EmbeddedNats
+from kvbm_service.adapters.nats_server import EmbeddedNats, die_with
 from kvbm_service.demo.process_group import end_group
 from kvbm_service.errors import BusError, KvbmError
 
@@ -65,6 +66,7 @@ class Cluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=os.environ | self._environment,
+                preexec_fn=partial(die_with, os.getpid()),
             )
         deadline = time.monotonic() + START_SECONDS
         while not asyncio.run(_answers(self.url)):
