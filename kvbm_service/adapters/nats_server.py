@@ -239,7 +239,7 @@ def _spawn(binary: Path, config: Path) -> subprocess.Popen[bytes]:
 
 
 def die_with(parent: int) -> None:
-    """In a child, before its program: end when `parent` (its thread that forks) ends, even killed."""
+    """In a child, before its program: end when the thread of `parent` that forked it ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
