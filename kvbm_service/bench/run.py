@@ -14,9 +14,6 @@ from kvbm_service.bench.row import Row
 
 RESULT = Path("build/bench.json")
 
-GROUPS = ("transfers", "remote", "leader", "registry", "engines")
-"""What can be measured, in this order."""
-
 
 def run(groups: Iterable[str], result: Path = RESULT, console: Console | None = None) -> list[Row]:
     """Measure `groups`, print a table, write `result` (a list of rows, as JSON)."""

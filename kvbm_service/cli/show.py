@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvbm_service.bench import GROUPS
 from kvbm_service.errors import SettingError
-
-BENCH_GROUPS = ("transfers", "leader", "registry", "engines")
 
 
 def demo() -> None:
@@ -25,17 +24,17 @@ def demo() -> None:
 def bench(
     groups: Annotated[
         list[str] | None,
-        typer.Argument(metavar="GROUP", help=f"{', '.join(BENCH_GROUPS)}. Default: all."),
+        typer.Argument(metavar="GROUP", help=f"{', '.join(GROUPS)}. Default: all."),
     ] = None,
     output: Annotated[
         Path, typer.Option(metavar="FILE", dir_okay=False, help="Where the rows go, as JSON.")
     ] = Path("build/bench.json"),
 ) -> None:
     """Measure speeds, each beside a yardstick from the same run."""
-    wanted = groups or list(BENCH_GROUPS)
+    wanted = groups or list(GROUPS)
     for group in wanted:
-        if group not in BENCH_GROUPS:
-            raise SettingError("GROUP", group, ", ".join(BENCH_GROUPS))
+        if group not in GROUPS:
+            raise SettingError("GROUP", group, ", ".join(GROUPS))
     from kvbm_service.bench.run import run
 
     run(wanted, output)
