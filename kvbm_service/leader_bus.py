@@ -77,8 +77,8 @@ class LeaderBus:
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._tasks.create_task(self._send())
-                await self._meet_ranks()
                 self._tasks.create_task(self._tick())
+                await self._meet_ranks()
                 self._tasks.create_task(self._take_part())
                 watch = await self._watch(self._on_peer, self._key_prefix)
                 self._tasks.create_task(_close_at_the_end(watch))
@@ -294,6 +294,16 @@ class LeaderBus:
         """Wait until all ranks have reported, in the directory or through the engine."""
         own_ranks = f"{self._key_prefix}{self._leader.node}."
         watching = asyncio.create_task(self._watch(self._on_own_rank, own_ranks))
+        try:
+            await self._wait_for_ranks()
+            await watching  # what comes next needs the directory, too
+        finally:
+            if watching.done() and not watching.cancelled():
+                await watching.result().close()
+            else:
+                watching.cancel()
+
+    async def _wait_for_ranks(self) -> None:
         late = False
         while not self._leader.ready:
             try:
@@ -305,10 +315,6 @@ class LeaderBus:
             self._woken.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), BEAT_SECONDS)
-        if watching.done():
-            await watching.result().close()
-        else:
-            watching.cancel()
 
     async def _take_part(self) -> None:
         """Be in the directory, with fresh numbers, whenever it can be reached."""
