@@ -6,8 +6,8 @@
 
 A header says what its slot holds. It is cleared before the slot is written and set after,
 so whoever finds the expected header *after* reading a slot has read that block whole. The
-order in which the two become visible is the order in which they are written: x86 never
-reorders stores, and elsewhere the GIL, handed over between the copy and the header, is a fence.
+order in which the two become visible is the order in which they are written: the GIL is
+handed over between header and copy, both ways, and its lock is a fence for all stores.
 
 The memory is private and anonymous on purpose. Huge pages are the reason: NIXL reads it
 from another process through the kernel, page by page, and shared memory files have no huge
