@@ -293,16 +293,23 @@ class Engine:
             assert time.monotonic() < deadline, f"not within {seconds} s"
             self.step()
 
+    def wait(self, condition: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
+        """Without a step, wait until `condition` holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s"
+            time.sleep(0.0005)
+
     def run(self, seconds: float = PATIENCE_SECONDS) -> None:
         """Step until the engine would go to sleep."""
         self.until(lambda: not (self.scheduler.has_requests() or self._under_way), seconds)
 
     def settle(self, seconds: float = PATIENCE_SECONDS) -> None:
         """Without a step, wait until the ranks have ended every save that they were given."""
-        deadline = time.monotonic() + seconds
-        while any(len(self.core._saves) > rank.unreported_saves for rank in self.ranks):
-            assert time.monotonic() < deadline, f"not within {seconds} s"
-            time.sleep(0.0005)
+        self.wait(
+            lambda: all(len(self.core._saves) <= rank.unreported_saves for rank in self.ranks),
+            seconds,
+        )
 
     def _note_loads(self) -> None:
         for asked in self._asked.values():

@@ -52,7 +52,8 @@ def test_a_request_aborted_during_its_save_leaves_right_bytes(make_engine: MakeE
     saves = engine.ranks[0].gate.saves
     saves.close()
     aborted = engine.submit(prompt(21), tokens=8)
-    engine.until(lambda: saves.waiting)
+    engine.until(lambda: aborted.answer)
+    engine.wait(lambda: saves.waiting)
     engine.abort(aborted)
     other = engine.submit(prompt(40, seed=1))
     for _ in range(5):
@@ -69,7 +70,8 @@ def test_a_request_preempted_during_its_save_leaves_right_bytes(make_engine: Mak
     saves = engine.ranks[0].gate.saves
     saves.close()
     asked = engine.submit(prompt(21), tokens=8)
-    engine.until(lambda: saves.waiting)
+    engine.until(lambda: asked.answer)
+    engine.wait(lambda: saves.waiting)
     with pytest.raises(RuntimeError, match="preempted"):  # which it could not: we hold blocks
         engine.scheduler.reset_prefix_cache(reset_running_requests=True)
     assert asked.request.num_preemptions == 1
