@@ -47,6 +47,19 @@ class Blocks(NamedTuple):
     device: Indices
 
 
+class Hop(NamedTuple):
+    """Columns of a move between slots: own host and own disk, or another node's host and ours."""
+
+    hashes: npt.NDArray[np.uint64]
+    """Shape (n, 2)."""
+    fills: Stamps
+    """What the source slots are stamped with."""
+    source: Indices
+    target: Indices
+    fill: int
+    """What the target slots get stamped with."""
+
+
 class RemoteSlab(NamedTuple):
     """Another rank's slab, as its record describes it."""
 
@@ -130,6 +143,17 @@ class Mover(Protocol):
         Raises:
             TransferError: not connected, the peer is gone, or time ran out. No block may
                 be believed.
+        """
+        ...
+
+    def fetch(self, agent: str, hop: Hop, timeout_seconds: float) -> Mask:
+        """Slab of `agent` → own slab. Like `pull`, but into our own slots.
+
+        Headers of the target slots are cleared before, and set for the blocks proven to have
+        arrived whole. Called on the thread that calls `pull`.
+
+        Raises:
+            TransferError: as `pull`.
         """
         ...
 

@@ -70,6 +70,8 @@ class RankRecord(Message, frozen=True):
     """Blocks in the engine's own device pool on this rank."""
     instance: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """The engine's life that this rank belongs to; its leader says the same of itself."""
+    disk_slots: Blocks = 0
+    """Blocks that fit into this rank's disk tier."""
 
 
 DirectoryRecord = NodeRecord | RankRecord

@@ -6,23 +6,69 @@ forward pass. Lists are columns: one entry per block, packed like on the wire.
 
 from __future__ import annotations
 
+from kvbm_schemas.block import Tier
 from kvbm_schemas.message import BlockHashes, FillStamps, Message, SlotIndices
 from kvbm_schemas.records import RankRecord
 
 
 class Save(Message, frozen=True):
-    """Copy device blocks into host slots, and stamp each slot's header (G1 → G2)."""
+    """Copy device blocks into slots of `tier`, and stamp each slot (G1 → G2, or G1 → G3)."""
 
     op: int
-    """Also the fill stamp that the headers of these slots get."""
+    """Also the fill stamp that these slots get."""
     hashes: BlockHashes
     blocks: SlotIndices
     """Device block numbers."""
     slots: SlotIndices
+    tier: Tier = Tier.HOST
+
+
+class Spill(Message, frozen=True):
+    """Copy host slots into disk slots (G2 → G3)."""
+
+    op: int
+    """Also the fill stamp that the disk slots get."""
+    hashes: BlockHashes
+    fills: FillStamps
+    """Of the host slots."""
+    host: SlotIndices
+    disk: SlotIndices
+
+
+class Fetch(Message, frozen=True):
+    """Copy disk slots into host slots (G3 → G2)."""
+
+    op: int
+    """Also the fill stamp that the host slots get."""
+    hashes: BlockHashes
+    fills: FillStamps
+    """Of the disk slots."""
+    disk: SlotIndices
+    host: SlotIndices
+    instance: str = ""
+    """The engine's life that is meant, where the command does not ride its step channel."""
+
+
+class RemoteFetch(Message, frozen=True):
+    """NIXL-READ another node's host slots into own host slots (remote G2 → G2)."""
+
+    op: int
+    """Also the fill stamp that our slots get."""
+    node: str
+    agents: tuple[str, ...]
+    """The owner's agents in rank order."""
+    seconds: float
+    """Time left to finish, counted from when the command is received."""
+    hashes: BlockHashes
+    fills: FillStamps
+    slots: SlotIndices
+    """The owner's."""
+    host: SlotIndices
+    """Ours."""
 
 
 class LocalRead(Message, frozen=True):
-    """Copy own host slots into device blocks (G2 → G1)."""
+    """Copy own slots of one tier into device blocks (G2 → G1, or G3 → G1)."""
 
     hashes: BlockHashes
     fills: FillStamps
@@ -50,7 +96,10 @@ class Load(Message, frozen=True):
     op: int
     request: str
     local: LocalRead | None = None
+    """From the own host tier."""
     remote: tuple[RemoteRead, ...] = ()
+    disk: LocalRead | None = None
+    """From the own disk tier."""
 
 
 class StepCommands(Message, frozen=True):
@@ -62,6 +111,20 @@ class StepCommands(Message, frozen=True):
     """Ranks of other nodes that appeared: loads may read from them from now on."""
     gone: tuple[str, ...] = ()
     """Agents of ranks that disappeared. To be forgotten before `peers` are met."""
+    spills: tuple[Spill, ...] = ()
+    fetches: tuple[Fetch, ...] = ()
+    remote_fetches: tuple[RemoteFetch, ...] = ()
+
+
+class Moved(Message, frozen=True):
+    """One rank has come to the end of a save, spill or fetch."""
+
+    op: int
+    failed: SlotIndices = b""
+    """Positions in the command's columns whose blocks are not in place."""
+    reason: str = ""
+    seconds: float = 0.0
+    """From the command's turn to its end."""
 
 
 class LoadResult(Message, frozen=True):
@@ -71,14 +134,30 @@ class LoadResult(Message, frozen=True):
     request: str
     failed_blocks: SlotIndices = b""
     reason: str = ""
+    host_seconds: float = 0.0
+    """How long its part from the own host tier took; likewise the others."""
+    disk_seconds: float = 0.0
+    remote_seconds: float = 0.0
 
 
 class StepResults(Message, frozen=True):
     """What one rank has finished since its last report."""
 
     rank: int
+    moved: tuple[Moved, ...] = ()
+    loads: tuple[LoadResult, ...] = ()
+    disk_lost: str = ""
+    """Why this rank's disk tier has been given up; empty while it works."""
     saved: tuple[int, ...] = ()
     """Save ops whose bytes are all in place."""
     save_failed: tuple[int, ...] = ()
     """Save ops of which at least one block failed: none of them counts."""
-    loads: tuple[LoadResult, ...] = ()
+
+
+class Survivors(Message, frozen=True):
+    """What a rank found in `tier` when it started: blocks of an earlier life, oldest first."""
+
+    tier: Tier
+    hashes: BlockHashes
+    fills: FillStamps
+    slots: SlotIndices
