@@ -37,6 +37,9 @@ BYTES_PER_GB = 1_000_000_000
 MAX_SLOTS = (1 << 32) - 1
 """Slot numbers are 32 bits wide on the wire."""
 
+HIGHEST_FREQUENCY = 1024
+"""No block counts as more in demand than this, however often it is hit."""
+
 OUR_PREFIXES = ("KVBM_", "DYN_KVBM_")
 """A variable that begins so is meant for us: an unknown one is a typo."""
 
@@ -83,10 +86,14 @@ def number(least: float, most: float, unit: str, scale: float = 1.0) -> Kind:
         return found * scale
 
     return Kind(
-        f"a number of {unit} from {_plain(least)} to {_plain(most)}",
+        f"a number{_of(unit)} from {_plain(least)} to {_plain(most)}",
         parse,
         lambda value: _plain(round(value / scale, 9)),
     )
+
+
+def _of(unit: str) -> str:
+    return f" of {unit}" if unit else ""
 
 
 def _plain(value: float) -> float:
@@ -103,7 +110,7 @@ def whole(least: int, most: int, unit: str) -> Kind:
             raise ValueError
         return int(found)
 
-    return Kind(f"a whole number of {unit} from {least} to {most}", parse)
+    return Kind(f"a whole number{_of(unit)} from {least} to {most}", parse)
 
 
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True}
@@ -201,6 +208,55 @@ def _parse_file(value: object) -> str:
 CREDENTIALS = Kind("the path of a .creds file (or nkey seed) that can be read", _parse_file)
 
 
+def _parse_directory(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError from None
+    if "\0" in value or (path.exists() and not path.is_dir()):
+        raise ValueError
+    return str(path.absolute())
+
+
+DIRECTORY = Kind("the path of a directory", _parse_directory)
+
+NOWHERE = "none"
+"""What says that no directory is wanted: an empty variable would count as unset."""
+
+
+def _parse_directory_or_none(value: object) -> str:
+    return "" if str(value).strip().lower() == NOWHERE else _parse_directory(value)
+
+
+DIRECTORY_OR_NONE = Kind(
+    f"the path of a directory, or {NOWHERE}",
+    _parse_directory_or_none,
+    lambda value: value or NOWHERE,
+)
+
+
+def _matching(pattern: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
+            raise ValueError
+        return value
+
+    return parse
+
+
+BACKEND = Kind("the name of a NIXL backend: 1 to 64 letters, digits or _", _matching(r"\w{1,64}"))
+ADDRESS = Kind("an address or a host's name", _matching(r"[\w.:%-]{1,255}"))
+
+
+class DiskAllocator(enum.StrEnum):
+    """The two ways in which Dynamo's KVBM opens its file."""
+
+    DEFAULT = "default"
+    OPEN_DIRECT = "open-direct"
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an operator can choose. Make one with `Settings.load`."""
 
@@ -209,7 +265,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             "DYN_KVBM_CPU_CACHE_GB",
             number(0, 1_000_000, "GB"),
-            "Size of the host tier (G2), in decimal GB, over all ranks together.",
+            "Size of the host tier (G2), in decimal GB, over all ranks together. Make it larger "
+            "than the engine's own KV pool: a smaller one holds little that the engine has lost.",
         ),
     ] = 0.0
     cpu_cache_override_num_blocks: Annotated[
@@ -220,6 +277,144 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "Size of the host tier (G2), in blocks. Above 0, it wins over the GB.",
         ),
     ] = 0
+    host_cache_dir: Annotated[
+        str,
+        Setting(
+            "KVBM_HOST_CACHE_DIR",
+            DIRECTORY_OR_NONE,
+            "Where the host tier lies as shared memory, so that a restarted engine finds its "
+            f"blocks again. {NOWHERE}: private memory, which ends with the process.",
+        ),
+    ] = "/dev/shm"
+    disk_cache_gb: Annotated[
+        float,
+        Setting(
+            "DYN_KVBM_DISK_CACHE_GB",
+            number(0, 1_000_000, "GB"),
+            "Size of the disk tier (G3), in decimal GB, over all ranks together; survives "
+            "restarts. Make it larger than the host tier. Without a host tier the engine's "
+            "blocks go to disk directly, which is experimental.",
+        ),
+    ] = 0.0
+    disk_cache_override_num_blocks: Annotated[
+        int,
+        Setting(
+            "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS",
+            whole(0, MAX_SLOTS, "blocks"),
+            "Size of the disk tier (G3), in blocks. Above 0, it wins over the GB.",
+        ),
+    ] = 0
+    disk_cache_dir: Annotated[
+        str,
+        Setting(
+            "DYN_KVBM_DISK_CACHE_DIR",
+            DIRECTORY,
+            "Where the disk tier's files lie, one per rank. Choose a fast local disk; /tmp is "
+            "memory on some systems.",
+        ),
+    ] = "/tmp"
+    disk_allocator_type: Annotated[
+        DiskAllocator,
+        Setting(
+            "DYN_KVBM_DISK_ALLOCATOR_TYPE",
+            one_of(DiskAllocator),
+            "Both mean the same here: the file is opened with O_DIRECT.",
+        ),
+    ] = DiskAllocator.DEFAULT
+    disk_disable_o_direct: Annotated[
+        bool,
+        Setting(
+            "DYN_KVBM_DISK_DISABLE_O_DIRECT",
+            BOOLEAN,
+            "Read and write the disk tier through the page cache, which then competes with the "
+            "host tier for memory.",
+        ),
+    ] = False
+    disk_zerofill_fallback: Annotated[
+        bool,
+        Setting(
+            "DYN_KVBM_DISK_ZEROFILL_FALLBACK",
+            BOOLEAN,
+            "Where the file system has no fallocate, write zeros instead to take the disk "
+            "tier's space at start (slow once).",
+        ),
+    ] = False
+    disk_backend: Annotated[
+        str,
+        Setting(
+            "KVBM_DISK_BACKEND",
+            BACKEND,
+            "The NIXL backend that reads and writes the disk tier's files.",
+        ),
+    ] = "POSIX"
+    disable_disk_offload_filter: Annotated[
+        bool,
+        Setting(
+            "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER",
+            BOOLEAN,
+            "Copy every block from host to disk, not only those in demand: more hits after a "
+            "restart, and more wear on the SSD.",
+        ),
+    ] = False
+    disk_offload_min_frequency: Annotated[
+        int,
+        Setting(
+            "KVBM_DISK_OFFLOAD_MIN_FREQUENCY",
+            whole(1, HIGHEST_FREQUENCY, ""),
+            "How much in demand a block must be to go from host to disk. It starts at 1, doubles "
+            "with each hit, and loses 1 at each decay step.",
+        ),
+    ] = 2
+    disk_offload_decay_seconds: Annotated[
+        float,
+        Setting(
+            "KVBM_DISK_OFFLOAD_DECAY_SECONDS",
+            number(0.1, 2_592_000, "seconds"),
+            "Time between two such decay steps.",
+        ),
+    ] = 600.0
+    disk_offload_max_entries: Annotated[
+        int,
+        Setting(
+            "KVBM_DISK_OFFLOAD_MAX_ENTRIES",
+            whole(1, 100_000_000, "blocks"),
+            "Of how many blocks the demand is remembered; beyond, the least wanted is forgotten.",
+        ),
+    ] = 1_000_000
+    host_offload_prefix_min_priority: Annotated[
+        int,
+        Setting(
+            "DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY",
+            whole(0, 100, ""),
+            "A request's blocks are kept up to the first whose priority is below this; a block "
+            "without one has 0. Only engines that give blocks priorities are concerned.",
+        ),
+    ] = 0
+    max_concurrent_transfers: Annotated[
+        int,
+        Setting(
+            "DYN_KVBM_MAX_CONCURRENT_TRANSFERS",
+            whole(1, 1024, "transfers"),
+            "How many copies between host and disk may be under way at a time.",
+        ),
+    ] = 4
+    max_transfer_batch_size: Annotated[
+        int,
+        Setting(
+            "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE",
+            whole(1, 4096, "blocks"),
+            "How many blocks one such copy takes.",
+        ),
+    ] = 16
+    prefetch_share: Annotated[
+        float,
+        Setting(
+            "KVBM_PREFETCH_SHARE",
+            number(0, 1, ""),
+            "Share of the host tier that may be used to bring up blocks of requests that still "
+            "wait. 0: blocks are not brought up early.",
+        ),
+    ] = 0.125
     leader_worker_init_timeout_seconds: Annotated[
         float,
         Setting(
@@ -272,6 +467,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             field_kind=number(0, 10, "seconds"),
         ),
     ] = 0.02
+    staging_deadline_seconds: Annotated[
+        float,
+        Setting(
+            "KVBM_STAGING_DEADLINE_MS",
+            number(0, 60_000, "milliseconds", scale=0.001),
+            "How much longer a prompt waits for blocks that lie on another node's disk. "
+            "0: those are not asked for.",
+            field_kind=number(0, 60, "seconds"),
+        ),
+    ] = 0.2
     wire: Annotated[
         Wire,
         Setting(
@@ -308,6 +513,43 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "How long one read from another node may take; after that the engine recomputes.",
         ),
     ] = 10.0
+    metrics: Annotated[
+        bool,
+        Setting("DYN_KVBM_METRICS", BOOLEAN, "Serve /metrics for Prometheus."),
+    ] = False
+    metrics_port: Annotated[
+        int,
+        Setting(
+            "DYN_KVBM_METRICS_PORT",
+            whole(1, 65_535, ""),
+            "The port of /metrics; where it is taken, the next free one.",
+        ),
+    ] = 6880
+    metrics_host: Annotated[
+        str,
+        Setting(
+            "KVBM_METRICS_HOST",
+            ADDRESS,
+            "The address that /metrics listens on: 0.0.0.0 is every one of this machine's, "
+            "127.0.0.1 keeps others out.",
+        ),
+    ] = "0.0.0.0"
+    cache_stats_max_requests: Annotated[
+        int,
+        Setting(
+            "DYN_KVBM_CACHE_STATS_MAX_REQUESTS",
+            whole(1, 1_000_000, "requests"),
+            "Over how many of the latest requests hit rates are taken.",
+        ),
+    ] = 1000
+    cache_stats_log_interval_seconds: Annotated[
+        float,
+        Setting(
+            "DYN_KVBM_CACHE_STATS_LOG_INTERVAL_SECS",
+            number(0, 86_400, "seconds"),
+            "How often hit rates are logged, if they have changed. 0: never.",
+        ),
+    ] = 5.0
 
     @classmethod
     def load(cls, environ: Mapping[str, str], extra: Mapping[str, object] | None = None) -> Self:
@@ -324,6 +566,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for notice in resolved.notices:
             _warn_once(notice)
         return typing.cast(Self, resolved.settings)
+
+    @property
+    def wants_host(self) -> bool:
+        """Whether a host tier is asked for."""
+        return self.cpu_cache_gb > 0 or self.cpu_cache_override_num_blocks > 0
+
+    @property
+    def wants_disk(self) -> bool:
+        """Whether a disk tier is asked for."""
+        return self.disk_cache_gb > 0 or self.disk_cache_override_num_blocks > 0
+
+    @property
+    def disk_only(self) -> bool:
+        """Whether blocks go from the device to disk directly: the guides' third option."""
+        return self.wants_disk and not self.wants_host
 
     def __repr__(self) -> str:
         shown = (
@@ -344,49 +601,42 @@ TABLE: Mapping[str, Setting] = _read_table()
 _FIELDS = {setting.variable: field for field, setting in TABLE.items()}
 _OPTIONS = {setting.option: field for field, setting in TABLE.items() if setting.option}
 
+_RANKS_MEET = "ranks meet through NATS here, so that there is no port to choose"
+_NO_OBJECTS = "there is no object storage tier yet"
+_NO_BROADCAST = "each rank loads its own blocks, so that there is no broadcast"
+_NO_MERGING = "what is stored and removed is told over NATS, beside the engine's own events"
+
 NOT_USED_YET: Mapping[str, str] = {
-    "DYN_KVBM_DISK_CACHE_GB": "size of the disk tier, in GB",
-    "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": "size of the disk tier, in blocks",
-    "DYN_KVBM_DISK_CACHE_DIR": "directory of the disk tier",
-    "DYN_KVBM_DISK_ALLOCATOR_TYPE": "how the disk tier's file is opened",
-    "DYN_KVBM_DISK_DISABLE_O_DIRECT": "disk tier without O_DIRECT",
-    "DYN_KVBM_DISK_ZEROFILL_FALLBACK": "fill the disk tier's file where fallocate is missing",
-    "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": "offload every block to disk",
-    "DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY": "least priority of a block to offload",
-    "DYN_KVBM_MAX_CONCURRENT_TRANSFERS": "offload transfers at a time",
-    "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE": "blocks per offload transfer",
-    "DYN_KVBM_TRANSFER_BATCH_SIZE": "blocks per transfer",
-    "DYN_KVBM_LEADER_ZMQ_HOST": "where the leader listened; ranks meet through NATS here",
-    "DYN_KVBM_LEADER_ZMQ_PUB_PORT": "the leader's port; ranks meet through NATS here",
-    "DYN_KVBM_LEADER_ZMQ_ACK_PORT": "the leader's port; ranks meet through NATS here",
-    "DYN_KVBM_METRICS": "serve metrics",
-    "DYN_KVBM_METRICS_PORT": "port of the metrics",
-    "DYN_KVBM_CACHE_STATS_MAX_REQUESTS": "requests in the hit rate's window",
-    "DYN_KVBM_CACHE_STATS_LOG_INTERVAL_SECS": "seconds between logged hit rates",
-    "DYN_KVBM_ENABLE_RECORD": "record the connector's calls",
-    "DYN_KVBM_NCCL_MLA_MODE": "load replicated KV once and broadcast it",
-    "DYN_KVBM_NCCL_MAX_CTAS": "limit of that broadcast",
-    "DYN_KVBM_DISABLE_WRITE_COMBINED": "host memory without write combining",
-    "DYN_KVBM_ENABLE_NUMA": "host memory near the device",
-    "DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR": "merge the engine's KV events with ours",
-    "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE": "how KV events are merged",
-    "DYN_KVBM_TRTLLM_ZMQ_PORT": "port of TensorRT-LLM's KV events",
-    "DYN_KVBM_OBJECT_ENABLED": "object storage tier",
-    "DYN_KVBM_OBJECT_BUCKET": "object storage tier",
-    "DYN_KVBM_OBJECT_ENDPOINT": "object storage tier",
-    "DYN_KVBM_OBJECT_REGION": "object storage tier",
-    "DYN_KVBM_OBJECT_ACCESS_KEY": "object storage tier",
-    "DYN_KVBM_OBJECT_SECRET_KEY": "object storage tier",
-    "DYN_KVBM_OBJECT_NUM_BLOCKS": "object storage tier",
+    "DYN_KVBM_TRANSFER_BATCH_SIZE": "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE is the one that is read",
+    "DYN_KVBM_LEADER_ZMQ_HOST": _RANKS_MEET,
+    "DYN_KVBM_LEADER_ZMQ_PUB_PORT": _RANKS_MEET,
+    "DYN_KVBM_LEADER_ZMQ_ACK_PORT": _RANKS_MEET,
+    "DYN_KVBM_ENABLE_RECORD": "calls are not recorded; `kvbm tap` shows events as they happen",
+    "DYN_KVBM_NCCL_MLA_MODE": _NO_BROADCAST,
+    "DYN_KVBM_NCCL_MAX_CTAS": _NO_BROADCAST,
+    "DYN_KVBM_DISABLE_WRITE_COMBINED": "host memory is never write-combined here",
+    "DYN_KVBM_ENABLE_NUMA": "where host memory lies is left to the kernel",
+    "DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR": _NO_MERGING,
+    "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE": _NO_MERGING,
+    "DYN_KVBM_TRTLLM_ZMQ_PORT": "there is no connector for TensorRT-LLM yet",
+    "DYN_KVBM_OBJECT_ENABLED": _NO_OBJECTS,
+    "DYN_KVBM_OBJECT_BUCKET": _NO_OBJECTS,
+    "DYN_KVBM_OBJECT_ENDPOINT": _NO_OBJECTS,
+    "DYN_KVBM_OBJECT_REGION": _NO_OBJECTS,
+    "DYN_KVBM_OBJECT_ACCESS_KEY": _NO_OBJECTS,
+    "DYN_KVBM_OBJECT_SECRET_KEY": _NO_OBJECTS,
+    "DYN_KVBM_OBJECT_NUM_BLOCKS": _NO_OBJECTS,
 }
-"""Variables that people bring along from Dynamo's KVBM, and that change nothing here yet."""
+"""Variables that people bring along from Dynamo's KVBM and that change nothing here: why not."""
 
 _NOT_USED_YET_PREFIX = re.compile(r"DYN_KVBM_NIXL_BACKEND_\w+")
 
 
-def is_not_used_yet(variable: str) -> bool:
-    """Whether this is a name of the guides that this version does not read."""
-    return variable in NOT_USED_YET or _NOT_USED_YET_PREFIX.fullmatch(variable) is not None
+def why_unused(variable: str) -> str:
+    """Why this version does not read a name of the guides; empty if it is none of those."""
+    if _NOT_USED_YET_PREFIX.fullmatch(variable):
+        return "KVBM_DISK_BACKEND names the backend for files; others are not to be chosen"
+    return NOT_USED_YET.get(variable, "")
 
 
 class Source(enum.StrEnum):
@@ -418,7 +668,10 @@ class Resolved(NamedTuple):
     @property
     def notices(self) -> list[str]:
         """One line for each thing that is probably not what the operator meant."""
-        unused = [f"{name} is set, but not used yet in this version" for name in self.unused]
+        unused = [
+            f"{name} is set, but not used yet in this version: {why_unused(name)}"
+            for name in self.unused
+        ]
         unknown = [
             f"{name} is not a setting of ours and is ignored; did you mean {nearest}?"
             for name, nearest in self.unknown.items()
@@ -447,7 +700,7 @@ def resolve(layers: Sequence[Layer]) -> Resolved:
                 given[field] = key
                 values[field] = _parsed(field, key, value)
                 sources[field] = layer.source
-            elif field is None and is_not_used_yet(key):
+            elif field is None and why_unused(key):
                 unused.append(key)
             elif field is None and layer.source is not Source.ENVIRONMENT:
                 raise SettingError(key, _masked(value), f"unknown key; nearest is {nearest(key)}")
@@ -494,29 +747,57 @@ def _warn_once(notice: str) -> None:
 
 
 def host_slots(settings: Settings, block_bytes_all_ranks: int) -> int:
-    """How many blocks the host tier holds, given the bytes of one block over all ranks.
+    """The host tier's part of `tier_slots`."""
+    return tier_slots(settings, block_bytes_all_ranks).host
+
+
+class TierSlots(NamedTuple):
+    """How many blocks each tier holds over all ranks together; 0 if there is no such tier."""
+
+    host: int
+    disk: int
+
+
+def tier_slots(settings: Settings, block_bytes_all_ranks: int) -> TierSlots:
+    """How many blocks fit into the tiers asked for, given the bytes of one over all ranks.
 
     Raises:
-        SettingError: the tier has no size, or no block fits into it, or too many do.
+        SettingError: no tier is asked for; or no block fits into one that is, or too many do.
     """
     assert block_bytes_all_ranks > 0
-    by_bytes = TABLE["cpu_cache_gb"].variable
-    by_blocks = TABLE["cpu_cache_override_num_blocks"].variable
-    if settings.cpu_cache_override_num_blocks > 0:
-        return settings.cpu_cache_override_num_blocks
-    gb = settings.cpu_cache_gb
-    if gb == 0:
-        raise SettingError(
-            by_bytes, gb, f"the host tier has no size; set {by_bytes} or {by_blocks}"
+    if not (settings.wants_host or settings.wants_disk):
+        host, host_blocks, disk, disk_blocks = (
+            TABLE[field].variable for field in (*_HOST_SIZE, *_DISK_SIZE)
         )
-    slots = int(round(gb * BYTES_PER_GB) // block_bytes_all_ranks)
+        raise SettingError(
+            host,
+            settings.cpu_cache_gb,
+            "the host tier has no size, and neither has the disk tier; "
+            f"set {host} or {host_blocks}, or {disk} or {disk_blocks}, or one of each",
+        )
+    return TierSlots(
+        _slots(settings, *_HOST_SIZE, block_bytes_all_ranks),
+        _slots(settings, *_DISK_SIZE, block_bytes_all_ranks),
+    )
+
+
+_HOST_SIZE = "cpu_cache_gb", "cpu_cache_override_num_blocks"
+_DISK_SIZE = "disk_cache_gb", "disk_cache_override_num_blocks"
+
+
+def _slots(settings: Settings, gb_field: str, blocks_field: str, block_bytes: int) -> int:
+    gb, blocks = getattr(settings, gb_field), getattr(settings, blocks_field)
+    if blocks > 0 or gb == 0:
+        return int(blocks)
+    slots = int(round(gb * BYTES_PER_GB) // block_bytes)
+    by_bytes = TABLE[gb_field].variable
     if slots == 0:
-        least = math.ceil(block_bytes_all_ranks / BYTES_PER_GB * 1e4) / 1e4
+        least = math.ceil(block_bytes / BYTES_PER_GB * 1e4) / 1e4
         raise SettingError(
             by_bytes,
             gb,
-            f"one block takes {block_bytes_all_ranks} bytes over all ranks; "
-            f"set at least {least:g}, or {by_blocks}",
+            f"one block takes {block_bytes} bytes over all ranks; "
+            f"set at least {least:g}, or {TABLE[blocks_field].variable}",
         )
     if slots > MAX_SLOTS:
         raise SettingError(

@@ -9,7 +9,7 @@ import textwrap
 import typer
 
 from kvbm_service.cli.options import Credentials, Json, Namespace, NatsUrl, resolve_options
-from kvbm_service.settings import NOT_USED_YET, TABLE, Resolved, Source
+from kvbm_service.settings import TABLE, Resolved, Source, why_unused
 
 
 def config(
@@ -53,14 +53,17 @@ def _show(resolved: Resolved) -> None:
         text = str(value).lower() if isinstance(value, bool) else str(value) or "(none)"
         typer.secho(f"{setting.variable} = {text}", bold=True, nl=False)
         typer.secho(f"  ({source})", fg=None if source is Source.DEFAULT else "green")
-        typer.echo(
-            textwrap.fill(setting.meaning, width, initial_indent="    ", subsequent_indent="    ")
-        )
+        typer.echo(_indented(setting.meaning, width))
     for name in resolved.unused:
         typer.secho(f"{name}", bold=True, nl=False)
         typer.secho("  not used yet in this version", fg="yellow")
-        typer.echo(f"    {NOT_USED_YET.get(name, 'NIXL backends').capitalize()}.")
+        why = why_unused(name)
+        typer.echo(_indented(f"{why[0].upper()}{why[1:]}.", width))
     for name, nearest in resolved.unknown.items():
         typer.secho(f"{name}", bold=True, nl=False)
         typer.secho("  not a setting of ours: ignored", fg="yellow")
         typer.echo(f"    Did you mean {nearest}?")
+
+
+def _indented(text: str, width: int) -> str:
+    return textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    ")

@@ -47,14 +47,25 @@ def test_a_password_is_never_printed(kvbm) -> None:
 
 
 def test_names_not_used_yet_and_unknown_names_are_listed(kvbm) -> None:
-    given = {"DYN_KVBM_METRICS": "true", "KVBM_NATS_URI": "x", "DYN_KVBM_NIXL_BACKEND_UCX": "1"}
+    unused = "DYN_KVBM_LEADER_ZMQ_HOST"
+    given = {unused: "a", "KVBM_NATS_URI": "x", "DYN_KVBM_NIXL_BACKEND_UCX": "1"}
     text = kvbm("config", **given).stdout.decode()
-    assert "DYN_KVBM_METRICS  not used yet in this version" in text
-    assert "DYN_KVBM_NIXL_BACKEND_UCX  not used yet in this version" in text
+    assert f"{unused}  not used yet in this version\n    Ranks meet through NATS here" in text
+    assert "DYN_KVBM_NIXL_BACKEND_UCX  not used yet in this version\n    KVBM_DISK_BACKEND" in text
     assert "KVBM_NATS_URI  not a setting of ours: ignored\n    Did you mean KVBM_NATS_URL?" in text
     data = json.loads(kvbm("config", "--json", **given).stdout)
     assert data["unknown"] == {"KVBM_NATS_URI": "KVBM_NATS_URL"}
-    assert "DYN_KVBM_METRICS" in data["not_used_yet"]
+    assert unused in data["not_used_yet"]
+
+
+def test_the_guides_second_option_is_shown_in_the_units_it_was_given_in(kvbm) -> None:
+    given = {"DYN_KVBM_CPU_CACHE_GB": "4", "DYN_KVBM_DISK_CACHE_GB": "0.5"}
+    text = kvbm("config", **given, KVBM_HOST_CACHE_DIR="None").stdout.decode()
+    assert "DYN_KVBM_CPU_CACHE_GB = 4  (environment)" in text
+    assert "DYN_KVBM_DISK_CACHE_GB = 0.5  (environment)" in text
+    assert "KVBM_HOST_CACHE_DIR = none  (environment)" in text
+    assert "DYN_KVBM_DISK_CACHE_DIR = /tmp  (default)" in text
+    assert "KVBM_STAGING_DEADLINE_MS = 200  (default)" in text
 
 
 def test_a_bad_value_in_the_environment_is_one_line(kvbm) -> None:

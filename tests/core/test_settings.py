@@ -12,30 +12,46 @@ from kvbm_schemas.codec import Wire
 from kvbm_service import settings as module
 from kvbm_service.errors import SettingError
 from kvbm_service.settings import (
+    BOOLEAN,
+    HIGHEST_FREQUENCY,
     MAX_SLOTS,
     NOT_USED_YET,
     TABLE,
     Layer,
     Settings,
     Source,
-    host_slots,
+    TierSlots,
     mask_urls,
     resolve,
+    tier_slots,
 )
 
 GUIDES_NAMES = {
     "DYN_KVBM_CPU_CACHE_GB": "cpu_cache_gb",
     "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": "cpu_cache_override_num_blocks",
+    "DYN_KVBM_DISK_CACHE_GB": "disk_cache_gb",
+    "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": "disk_cache_override_num_blocks",
+    "DYN_KVBM_DISK_CACHE_DIR": "disk_cache_dir",
+    "DYN_KVBM_DISK_ALLOCATOR_TYPE": "disk_allocator_type",
+    "DYN_KVBM_DISK_DISABLE_O_DIRECT": "disk_disable_o_direct",
+    "DYN_KVBM_DISK_ZEROFILL_FALLBACK": "disk_zerofill_fallback",
+    "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": "disable_disk_offload_filter",
+    "DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY": "host_offload_prefix_min_priority",
+    "DYN_KVBM_MAX_CONCURRENT_TRANSFERS": "max_concurrent_transfers",
+    "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE": "max_transfer_batch_size",
     "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS": "leader_worker_init_timeout_seconds",
+    "DYN_KVBM_METRICS": "metrics",
+    "DYN_KVBM_METRICS_PORT": "metrics_port",
+    "DYN_KVBM_CACHE_STATS_MAX_REQUESTS": "cache_stats_max_requests",
+    "DYN_KVBM_CACHE_STATS_LOG_INTERVAL_SECS": "cache_stats_log_interval_seconds",
 }
 
 GUIDES_UNUSED = (
-    "DYN_KVBM_DISK_CACHE_GB",
-    "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS",
-    "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER",
-    "DYN_KVBM_METRICS",
-    "DYN_KVBM_METRICS_PORT",
-    "DYN_KVBM_DISK_ZEROFILL_FALLBACK",
+    "DYN_KVBM_LEADER_ZMQ_HOST",
+    "DYN_KVBM_LEADER_ZMQ_PUB_PORT",
+    "DYN_KVBM_LEADER_ZMQ_ACK_PORT",
+    "DYN_KVBM_OBJECT_BUCKET",
+    "DYN_KVBM_ENABLE_RECORD",
     "DYN_KVBM_NIXL_BACKEND_GDS_MT",
 )
 
@@ -55,6 +71,19 @@ def test_with_nothing_set_every_setting_has_its_documented_default() -> None:
     assert settings.leader_worker_init_timeout_seconds == 1800
     assert settings.wire is Wire.MSGPACK
     assert settings.verify is False
+    assert (settings.disk_cache_dir, settings.host_cache_dir) == ("/tmp", "/dev/shm")
+    assert settings.disk_backend == "POSIX"
+    assert (settings.max_concurrent_transfers, settings.max_transfer_batch_size) == (4, 16)
+    assert (settings.metrics, settings.metrics_port) == (False, 6880)
+    assert (settings.prefetch_share, settings.staging_deadline_seconds) == (0.125, 0.2)
+
+
+def test_the_guides_offload_filter_is_the_default() -> None:
+    settings = Settings()
+    assert settings.disable_disk_offload_filter is False
+    assert settings.disk_offload_min_frequency == 2
+    assert settings.disk_offload_decay_seconds == 600
+    assert settings.disk_offload_max_entries == 1_000_000
 
 
 def test_the_guides_names_are_honoured_exactly() -> None:
@@ -87,12 +116,16 @@ def test_the_environment_does_not_take_field_names() -> None:
     assert Settings.load({"namespace": "other"}).namespace == "default"
 
 
-def test_the_lookup_deadline_is_milliseconds_in_its_variable_and_seconds_in_its_field() -> None:
-    assert Settings.load({"KVBM_LOOKUP_DEADLINE_MS": "50"}).lookup_deadline_seconds == 0.05
-    extra = {"KVBM_LOOKUP_DEADLINE_MS": 50}
-    assert Settings.load({}, extra).lookup_deadline_seconds == 0.05
-    assert Settings.load({}, {"lookup_deadline_seconds": 0.05}).lookup_deadline_seconds == 0.05
-    assert TABLE["lookup_deadline_seconds"].kind.show(0.05) == 50
+@pytest.mark.parametrize("name", ["lookup", "staging"])
+def test_a_deadline_is_milliseconds_in_its_variable_and_seconds_in_its_field(name: str) -> None:
+    variable, field = f"KVBM_{name.upper()}_DEADLINE_MS", f"{name}_deadline_seconds"
+    for settings in (
+        Settings.load({variable: "50"}),
+        Settings.load({}, {variable: 50}),
+        Settings.load({}, {field: 0.05}),
+    ):
+        assert getattr(settings, field) == 0.05
+    assert TABLE[field].kind.show(0.05) == 50
 
 
 def test_an_empty_variable_counts_as_unset() -> None:
@@ -111,14 +144,24 @@ def test_the_source_of_every_value_is_known() -> None:
     assert sources["verify"] is Source.DEFAULT
 
 
+SWITCHES = [setting.variable for setting in TABLE.values() if setting.kind is BOOLEAN]
+
+
 @pytest.mark.parametrize("word", ["1", "true", "True", "YES", "on", " on "])
-def test_a_boolean_is_true_in_these_words(word: str) -> None:
-    assert Settings.load({"KVBM_VERIFY": word}).verify is True
+@pytest.mark.parametrize("variable", SWITCHES)
+def test_a_switch_is_on_in_these_words(variable: str, word: str) -> None:
+    settings = Settings.load({variable: word})
+    assert [field for field in TABLE if getattr(settings, field) is True] == [_field(variable)]
 
 
 @pytest.mark.parametrize("word", ["0", "false", "FALSE", "No", "off"])
-def test_a_boolean_is_false_in_these_words(word: str) -> None:
-    assert Settings.load({"KVBM_VERIFY": word}).verify is False
+@pytest.mark.parametrize("variable", SWITCHES)
+def test_a_switch_is_off_in_these_words(variable: str, word: str) -> None:
+    assert Settings.load({variable: word}) == Settings()
+
+
+def _field(variable: str) -> str:
+    return next(field for field, setting in TABLE.items() if setting.variable == variable)
 
 
 BAD = [
@@ -163,6 +206,30 @@ BAD = [
     ("KVBM_MEMBERSHIP_SECONDS", "0", "a number of seconds"),
     ("KVBM_VERIFY", "maybe", "1, true, yes or on; 0, false, no or off"),
     ("KVBM_VERIFY", "2", "1, true, yes or on"),
+    ("KVBM_HOST_CACHE_DIR", "/dev/null", "the path of a directory, or none"),
+    ("DYN_KVBM_DISK_CACHE_GB", "-0.5", "a number of GB from 0 to 1000000"),
+    ("DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS", "many", "a whole number of blocks from 0 to"),
+    ("DYN_KVBM_DISK_CACHE_DIR", "/dev/null", "the path of a directory"),
+    ("DYN_KVBM_DISK_CACHE_DIR", "~nobody-is-called-so/x", "the path of a directory"),
+    ("DYN_KVBM_DISK_ALLOCATOR_TYPE", "sparse", "default or open-direct"),
+    ("DYN_KVBM_DISK_DISABLE_O_DIRECT", "please", "1, true, yes or on; 0, false, no or off"),
+    ("DYN_KVBM_DISK_ZEROFILL_FALLBACK", "please", "1, true, yes or on"),
+    ("KVBM_DISK_BACKEND", "GDS-MT", "the name of a NIXL backend: 1 to 64 letters, digits or _"),
+    ("DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER", "please", "1, true, yes or on"),
+    ("KVBM_DISK_OFFLOAD_MIN_FREQUENCY", "0", "a whole number from 1 to 1024"),
+    ("KVBM_DISK_OFFLOAD_MIN_FREQUENCY", str(HIGHEST_FREQUENCY + 1), "a whole number from 1 to"),
+    ("KVBM_DISK_OFFLOAD_DECAY_SECONDS", "0", "a number of seconds from 0.1 to 2592000"),
+    ("KVBM_DISK_OFFLOAD_MAX_ENTRIES", "0", "a whole number of blocks from 1 to"),
+    ("DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY", "101", "a whole number from 0 to 100"),
+    ("DYN_KVBM_MAX_CONCURRENT_TRANSFERS", "0", "a whole number of transfers from 1 to 1024"),
+    ("DYN_KVBM_MAX_TRANSFER_BATCH_SIZE", "4097", "a whole number of blocks from 1 to 4096"),
+    ("KVBM_PREFETCH_SHARE", "12.5", "a number from 0 to 1"),
+    ("KVBM_STAGING_DEADLINE_MS", "-1", "a number of milliseconds from 0 to 60000"),
+    ("DYN_KVBM_METRICS", "prometheus", "1, true, yes or on; 0, false, no or off"),
+    ("DYN_KVBM_METRICS_PORT", "65536", "a whole number from 1 to 65535"),
+    ("KVBM_METRICS_HOST", "http://here", "an address or a host's name"),
+    ("DYN_KVBM_CACHE_STATS_MAX_REQUESTS", "0", "a whole number of requests from 1 to 1000000"),
+    ("DYN_KVBM_CACHE_STATS_LOG_INTERVAL_SECS", "-1", "a number of seconds from 0 to 86400"),
     ("KVBM_TRANSFER_TIMEOUT_SECONDS", "never", "a number of seconds from 0.01 to 3600"),
 ]
 
@@ -198,6 +265,13 @@ def test_every_setting_has_a_bad_value_in_these_tests() -> None:
         ("verify", []),
         ("wire", {}),
         ("lookup_deadline_seconds", 20),
+        ("staging_deadline_seconds", 200),
+        ("disk_cache_dir", 5),
+        ("disk_cache_dir", "a\0b"),
+        ("host_cache_dir", False),
+        ("disk_backend", ["POSIX"]),
+        ("metrics_host", 127),
+        ("metrics_port", 1.5),
     ],
 )
 def test_the_connector_config_is_checked_by_type_too(field: str, value: object) -> None:
@@ -232,11 +306,12 @@ def test_the_guides_other_names_are_said_to_be_unused_and_are_no_typos(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        Settings.load(dict.fromkeys(GUIDES_UNUSED, "1"), {"DYN_KVBM_MAX_CONCURRENT_TRANSFERS": 4})
+        Settings.load(dict.fromkeys(GUIDES_UNUSED, "1"), {"DYN_KVBM_NCCL_MLA_MODE": 1})
     assert sorted(line.split()[0] for line in caplog.messages) == sorted(
-        [*GUIDES_UNUSED, "DYN_KVBM_MAX_CONCURRENT_TRANSFERS"]
+        [*GUIDES_UNUSED, "DYN_KVBM_NCCL_MLA_MODE"]
     )
-    assert all("not used yet in this version" in line for line in caplog.messages)
+    reason = re.compile(r"is set, but not used yet in this version: \w+ .+")
+    assert all(reason.search(line) for line in caplog.messages)
 
 
 def test_no_name_is_both_a_setting_and_unused() -> None:
@@ -279,32 +354,74 @@ def test_a_credentials_file_is_accepted_when_it_can_be_read(tmp_path: Path) -> N
     assert Settings.load({"KVBM_NATS_CREDENTIALS": str(file)}).nats_credentials == str(file)
 
 
-def test_the_host_tier_is_decimal_gigabytes_over_all_ranks() -> None:
-    assert host_slots(Settings(cpu_cache_gb=4), 1_000_000) == 4000
-    assert host_slots(Settings(cpu_cache_gb=0.0015), 1_000_000) == 1
-    assert host_slots(Settings(cpu_cache_gb=0.1), 100_000_000) == 1
+MB = 1_000_000
+
+
+def test_each_of_the_guides_three_options_gives_the_tiers_it_names() -> None:
+    cpu, disk = {"DYN_KVBM_CPU_CACHE_GB": "4"}, {"DYN_KVBM_DISK_CACHE_GB": "8"}
+    assert tier_slots(Settings.load(cpu), MB) == TierSlots(host=4000, disk=0)
+    assert tier_slots(Settings.load(cpu | disk), MB) == TierSlots(host=4000, disk=8000)
+    assert tier_slots(Settings.load(disk), MB) == TierSlots(host=0, disk=8000)
+    assert [Settings.load(one).disk_only for one in (cpu, cpu | disk, disk)] == [False, False, True]
+
+
+def test_sizes_are_decimal_gigabytes_over_all_ranks_and_may_be_fractions() -> None:
+    assert tier_slots(Settings(cpu_cache_gb=0.5, disk_cache_gb=0.75), MB) == (500, 750)
+    assert tier_slots(Settings(cpu_cache_gb=0.0015), MB) == (1, 0)
+    assert tier_slots(Settings(disk_cache_gb=0.1), 100 * MB) == (0, 1)
 
 
 def test_a_number_of_blocks_wins_over_gigabytes() -> None:
-    assert host_slots(Settings(cpu_cache_gb=4, cpu_cache_override_num_blocks=7), 1_000_000) == 7
+    settings = Settings(
+        cpu_cache_gb=4,
+        cpu_cache_override_num_blocks=7,
+        disk_cache_gb=0.000001,
+        disk_cache_override_num_blocks=9,
+    )
+    assert tier_slots(settings, MB) == (7, 9)
+    assert tier_slots(Settings(disk_cache_override_num_blocks=9), MB) == (0, 9)
+    assert Settings(disk_cache_override_num_blocks=9).disk_only
 
 
-def test_a_host_tier_of_no_size_is_refused_and_both_variables_are_named() -> None:
+def test_no_tier_at_all_is_refused_and_all_four_variables_are_named() -> None:
     with pytest.raises(SettingError) as refused:
-        host_slots(Settings(), 1_000_000)
-    assert "DYN_KVBM_CPU_CACHE_GB" in str(refused.value)
-    assert "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS" in str(refused.value)
+        tier_slots(Settings(), MB)
+    for field in ("cpu_cache_gb", "disk_cache_gb"):
+        assert TABLE[field].variable in str(refused.value)
+    for field in ("cpu_cache_override_num_blocks", "disk_cache_override_num_blocks"):
+        assert TABLE[field].variable in str(refused.value)
 
 
-def test_a_host_tier_smaller_than_a_block_is_refused_with_the_size_of_a_block() -> None:
+@pytest.mark.parametrize("field", ["cpu_cache_gb", "disk_cache_gb"])
+def test_a_tier_smaller_than_a_block_is_refused_with_the_least_it_takes(field: str) -> None:
+    settings = Settings(**{"cpu_cache_gb": 4, "disk_cache_gb": 4, field: 0.001})
     with pytest.raises(SettingError, match="2000000 bytes") as refused:
-        host_slots(Settings(cpu_cache_gb=0.001), 2_000_000)
+        tier_slots(settings, 2 * MB)
+    assert refused.value.name == TABLE[field].variable
     assert "at least 0.002," in str(refused.value)
 
 
-def test_more_blocks_than_a_slot_number_can_count_are_refused() -> None:
-    with pytest.raises(SettingError, match=str(MAX_SLOTS)):
-        host_slots(Settings(cpu_cache_gb=1_000_000), 1)
+@pytest.mark.parametrize("field", ["cpu_cache_gb", "disk_cache_gb"])
+def test_more_blocks_than_a_slot_number_can_count_are_refused(field: str) -> None:
+    with pytest.raises(SettingError, match=str(MAX_SLOTS)) as refused:
+        tier_slots(Settings(**{field: 1_000_000}), 1)
+    assert refused.value.name == TABLE[field].variable
+
+
+@pytest.mark.parametrize("word", ["none", "NONE", " none "])
+def test_the_host_tier_may_be_private_memory(word: str) -> None:
+    assert Settings.load({"KVBM_HOST_CACHE_DIR": word}).host_cache_dir == ""
+    assert TABLE["host_cache_dir"].kind.show("") == "none"
+
+
+def test_a_directory_need_not_be_there_yet_and_becomes_a_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"DYN_KVBM_DISK_CACHE_DIR": "a/b", "KVBM_HOST_CACHE_DIR": str(tmp_path)}
+    settings = Settings.load(given)
+    assert settings.disk_cache_dir == str(tmp_path / "a" / "b")
+    assert settings.host_cache_dir == str(tmp_path)
 
 
 def test_a_credentials_file_in_the_present_folder_becomes_a_whole_path(
