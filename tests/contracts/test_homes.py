@@ -137,6 +137,12 @@ def test_a_restarted_engine_finds_what_the_last_one_left(tmp_path: Path) -> None
     assert (after.path / "kept").read_text() == "treasure"
 
 
+def test_the_lowest_of_several_free_homes_is_taken(tmp_path: Path) -> None:
+    for home in [claim(tmp_path, name) for name in "abc"]:
+        home.close()
+    assert [claim(tmp_path, name).path.name for name in "de"] == ["0", "1"]
+
+
 def test_a_home_is_free_at_once_when_its_engine_is_killed(
     tmp_path: Path, claimants: list[Claimant]
 ) -> None:
@@ -308,6 +314,17 @@ def test_room_is_made_by_removing_the_homes_that_were_left_longest_ago(
     assert not make_room(tmp_path, lambda: False)
     assert lived_in.path.exists()
     assert not left[2].path.exists()
+
+
+def test_a_home_that_someone_moves_into_while_room_is_made_stays(tmp_path: Path) -> None:
+    claim(tmp_path, "a").close()
+
+    def never_and_someone_comes() -> bool:
+        claim(tmp_path, "b")
+        return False
+
+    assert not make_room(tmp_path, never_and_someone_comes)
+    assert (tmp_path / "kvbm-tests-f00d" / "0" / "owner").read_text() == "b"
 
 
 def test_making_room_removes_nothing_that_is_not_a_home_of_ours(tmp_path: Path) -> None:
