@@ -3,24 +3,25 @@
 A slot goes through these states:
 
     free ──reserve──► filling ──commit──► ready ──evict──► free
-                         │                  │
-                         └──abort──► free   └──(pins keep it from being evicted)
+      │                  │                 ▲ │
+      │                  └──abort──► free  │ └──(pins keep it from being evicted)
+      └────────────────adopt───────────────┘
 
 `clear` takes the names of all blocks away at once. A slot that someone still touches (it is
 filling, or pinned) then has no name, can no longer be found, and is free when they let go.
 
-Eviction takes the slot least recently used; a chain is put back tail first, so that its head
-outlives its tail.
+Which of the ready blocks that nobody pins is evicted, its `Eviction` decides.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 from kvbm_schemas.block import BlockHash
+from kvbm_service.core.eviction import Eviction
+from kvbm_service.core.lru import Lru
 
 
 class Reservation(NamedTuple):
@@ -34,18 +35,19 @@ class Reservation(NamedTuple):
 class Pool:
     """`capacity` slots and the blocks in them."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, eviction: Eviction | None = None) -> None:
         assert capacity > 0
         self.capacity = capacity
+        self._eviction = eviction or Lru()
         self._free = list(range(capacity - 1, -1, -1))
         self._ready: dict[BlockHash, int] = {}
         self._filling: dict[BlockHash, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
-        """Ready and unpinned slots, the next to evict first."""
         self._names: list[BlockHash | None] = [None] * capacity
         self._pins = [0] * capacity
         self._fills = [0] * capacity
         self._pinned = 0
+        self._pinned_nameless = 0
+        """Of the pinned slots, those whose name was taken away."""
 
     # -- looking -------------------------------------------------------------------
 
@@ -56,6 +58,10 @@ class Pool:
     def __len__(self) -> int:
         """How many blocks can be read."""
         return len(self._ready)
+
+    def readable(self, block: BlockHash) -> bool:
+        """Whether the block can be read."""
+        return block in self._ready
 
     @property
     def pinned(self) -> int:
@@ -70,7 +76,8 @@ class Pool:
     @property
     def unpinned(self) -> int:
         """How many slots `reserve` could hand out now."""
-        return len(self._free) + len(self._idle)
+        idle = len(self._ready) - (self._pinned - self._pinned_nameless)
+        return len(self._free) + idle
 
     def match(self, chain: Sequence[BlockHash], start: int = 0) -> int:
         """The end of the run of readable blocks that begins at `start`."""
@@ -98,39 +105,53 @@ class Pool:
         """The fill stamps of these slots."""
         return [self._fills[slot] for slot in slots]
 
+    def use(self, chain: Sequence[BlockHash], now: float) -> None:
+        """A request with this whole chain, from its first block on, has come; `now` in seconds.
+
+        This is what makes a block worth keeping. Those that are not here matter, too: when
+        they are stored, it is known what request they are of.
+        """
+        self._eviction.use(chain, [self._ready.get(block) for block in chain], now)
+
+    def touch(self, chain: Sequence[BlockHash]) -> None:
+        """As `use`, by someone who has no clock."""
+        self.use(chain, 0.0)
+
     # -- filling -------------------------------------------------------------------
 
-    def reserve(self, chain: Sequence[BlockHash], fill: int) -> Reservation:
+    def reserve(self, chain: Sequence[BlockHash], fill: int, depth: int = 0) -> Reservation:
         """Take slots for the blocks of `chain` that are not here, in order, evicting as needed.
 
-        Takes as many as there is room for; blocks of the chain that are here already count as
-        just used, and are not evicted for its others.
+        Takes as many as there is room for; blocks of the chain that are here already are not
+        evicted for its others. `depth` is the place of `chain[0]` in its request.
         """
-        self.touch(chain)
-        spared = set(chain)
-        indices: list[int] = []
-        slots: list[int] = []
-        evicted: list[BlockHash] = []
-        for index, block in enumerate(chain):
-            if block in self._ready or block in self._filling:
-                continue
-            if self._free:
-                slot = self._free.pop()
-            elif (victim := self._next_victim()) is not None and victim not in spared:
-                slot = self._ready.pop(victim)
-                del self._idle[slot]
-                evicted.append(victim)
-            else:
-                break
+        indices = [index for index, block in enumerate(chain) if block not in self]
+        if not indices:
+            return Reservation([], [], [])
+        slots, evicted = self._take(len(indices), chain)
+        del indices[len(slots) :]
+        for index, slot in zip(indices, slots, strict=True):
+            block = chain[index]
             self._filling[block] = slot
             self._names[slot] = block
             self._fills[slot] = fill
-            indices.append(index)
-            slots.append(slot)
+        self._eviction.add([chain[index] for index in indices], slots, depth)
         return Reservation(indices, slots, evicted)
 
-    def _next_victim(self) -> BlockHash | None:
-        return self._names[next(iter(self._idle))] if self._idle else None
+    def _take(self, wanted: int, chain: Sequence[BlockHash]) -> tuple[list[int], list[BlockHash]]:
+        """Up to `wanted` slots, free ones first, and the blocks that had to go for the others."""
+        slots = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
+        if len(slots) == wanted:
+            return slots, []
+        evicted: list[BlockHash] = []
+        spared = {self._ready[block] for block in chain if block in self._ready}
+        while len(slots) < wanted and (slot := self._eviction.victim(spared)) is not None:
+            block = self._names[slot]
+            assert block is not None, "a slot without a block was to go"
+            del self._ready[block]
+            evicted.append(block)
+            slots.append(slot)
+        return slots, evicted
 
     def commit(self, slots: Sequence[int]) -> list[BlockHash]:
         """The bytes of these slots are in place: their blocks can be read now.
@@ -139,16 +160,17 @@ class Pool:
         was taken away meanwhile did not, and their slots are free.
         """
         stored: list[BlockHash] = []
-        for slot in reversed(slots):
+        shown: list[int] = []
+        for slot in slots:
             block = self._names[slot]
             if block is None:
                 self._free.append(slot)
                 continue
             del self._filling[block]
             self._ready[block] = slot
-            self._idle[slot] = None
+            shown.append(slot)
             stored.append(block)
-        stored.reverse()
+        self._eviction.show(shown)
         return stored
 
     def abort(self, slots: Iterable[int]) -> None:
@@ -158,40 +180,61 @@ class Pool:
             if block is not None:
                 del self._filling[block]
                 self._names[slot] = None
+                self._eviction.drop(slot)
             self._free.append(slot)
+
+    def adopt(
+        self, blocks: Sequence[BlockHash], slots: Sequence[int], fills: Sequence[int]
+    ) -> list[bool]:
+        """Take over blocks whose bytes an earlier life left in these slots, oldest first.
+
+        Returns which of them are here now: not those whose slot is not free (or not of this
+        pool), and of a block that is there twice, or already here, only the first.
+        """
+        free = set(self._free)
+        taken = [False] * len(blocks)
+        ready, filling, names, stamps = self._ready, self._filling, self._names, self._fills
+        for index, (block, slot, fill) in enumerate(zip(blocks, slots, fills, strict=True)):
+            if slot in free and block not in ready and block not in filling:
+                free.remove(slot)
+                ready[block] = slot
+                names[slot] = block
+                stamps[slot] = fill
+                taken[index] = True
+        self._free = [slot for slot in self._free if slot in free]
+        self._eviction.adopt([slot for slot, good in zip(slots, taken, strict=True) if good])
+        return taken
 
     # -- keeping -------------------------------------------------------------------
 
     def pin(self, chain: Iterable[BlockHash]) -> list[int]:
         """Keep these readable blocks where they are. Returns their slots."""
         slots = [self._ready[block] for block in chain]
-        pins, idle = self._pins, self._idle
+        pins = self._pins
+        hidden: list[int] = []
         for slot in slots:
             if not pins[slot]:
-                del idle[slot]
-                self._pinned += 1
+                hidden.append(slot)
             pins[slot] += 1
+        self._pinned += len(hidden)
+        self._eviction.hide(hidden)
         return slots
 
     def unpin(self, slots: Sequence[int]) -> None:
-        """Undo one `pin` of each of these slots, given in chain order; they count as just used."""
-        pins, idle = self._pins, self._idle
-        for slot in reversed(slots):
+        """Undo one `pin` of each of these slots, given in chain order."""
+        pins = self._pins
+        shown: list[int] = []
+        for slot in slots:
             pins[slot] -= 1
             if pins[slot]:
                 continue
             self._pinned -= 1
             if self._names[slot] is None:
+                self._pinned_nameless -= 1
                 self._free.append(slot)
             else:
-                idle[slot] = None
-
-    def touch(self, chain: Sequence[BlockHash]) -> None:
-        """These blocks were just used; those that are not here do not matter."""
-        for block in reversed(chain):
-            slot = self._ready.get(block)
-            if slot is not None and slot in self._idle:
-                self._idle.move_to_end(slot)
+                shown.append(slot)
+        self._eviction.show(shown)
 
     # -- dropping ------------------------------------------------------------------
 
@@ -201,9 +244,11 @@ class Pool:
         if slot is None:
             return False
         self._names[slot] = None
+        self._eviction.drop(slot)
         if self._pins[slot] == 0:
-            del self._idle[slot]
             self._free.append(slot)
+        else:
+            self._pinned_nameless += 1
         return True
 
     def clear(self) -> None:
@@ -212,24 +257,25 @@ class Pool:
             self.drop(block)
         for slot in self._filling.values():
             self._names[slot] = None
+            self._eviction.drop(slot)
         self._filling.clear()
 
     def check_integrity(self) -> None:
         """Every slot is in exactly one state, and all the tables agree about it."""
-        free, idle = set(self._free), set(self._idle)
+        free = set(self._free)
         ready, filling = set(self._ready.values()), set(self._filling.values())
         assert len(free) == len(self._free), "a slot is free twice"
         assert len(ready) == len(self._ready), "two blocks in one slot"
         assert len(filling) == len(self._filling), "two blocks filling one slot"
-        assert not free & (ready | filling | idle), "a free slot is in use"
+        assert not free & (ready | filling), "a free slot is in use"
         assert not ready & filling, "a slot is ready and filling"
-        assert idle <= ready, "a slot without a block waits for eviction"
         pinned = {slot for slot, pins in enumerate(self._pins) if pins}
         assert all(pins >= 0 for pins in self._pins), "unpinned more often than pinned"
         assert self._pinned == len(pinned), "the count of pinned slots is wrong"
-        assert not pinned & (free | filling | idle), "a pinned slot could be reused"
-        assert ready - pinned == idle, "an unpinned slot cannot be evicted"
+        assert self._pinned_nameless == len(pinned - ready), "the count of nameless slots is wrong"
+        assert not pinned & (free | filling), "a pinned slot could be reused"
         for block, slot in [*self._ready.items(), *self._filling.items()]:
             assert self._names[slot] == block, "a slot has another name than its block"
         named = {slot for slot, name in enumerate(self._names) if name is not None}
         assert named == ready | filling, "a slot has a name but no block"
+        self._eviction.check_integrity(shown=ready - pinned, hidden=(ready & pinned) | filling)

@@ -58,7 +58,7 @@ def test_a_match_that_starts_behind_the_chain_is_empty(pool: Pool) -> None:
 def test_a_full_pool_evicts_the_least_recently_used_block(pool: Pool) -> None:
     for name in "abcd":
         fill(pool, name)
-    pool.touch([block("a")])
+    pool.use([block("a")], now=1.0)
     assert pool.reserve([block("e")], fill=2).evicted == [block("b")]
     pool.check_integrity()
 
@@ -76,10 +76,10 @@ def test_an_unpinned_chains_tail_is_evicted_before_its_head(pool: Pool) -> None:
     assert pool.reserve([block("e")], fill=2).evicted == [block("d")]
 
 
-def test_a_touched_chains_tail_is_evicted_before_its_head(pool: Pool) -> None:
+def test_a_used_chains_tail_is_evicted_before_its_head(pool: Pool) -> None:
     fill(pool, "ab")
     fill(pool, "xy")
-    pool.touch(chain("ab"))
+    pool.use(chain("ab"), now=1.0)
     assert pool.reserve(chain("123"), fill=2).evicted == chain("yxb")
 
 
@@ -204,4 +204,25 @@ def test_clearing_leaves_pinned_slots_to_who_pinned_them(pool: Pool) -> None:
     assert (len(pool), pool.used, pool.pinned) == (0, 2, 2)
     pool.unpin(slots)
     assert (pool.used, pool.pinned) == (0, 0)
+    pool.check_integrity()
+
+
+def test_found_blocks_are_readable_where_they_were_found(pool: Pool) -> None:
+    assert pool.adopt(chain("ab"), [3, 0], [7, 8]) == [True, True]
+    assert pool.pin(chain("ab")) == [3, 0]
+    assert pool.fills([3, 0]) == [7, 8]
+    pool.check_integrity()
+
+
+def test_found_blocks_go_oldest_first(pool: Pool) -> None:
+    pool.adopt(chain("abc"), [2, 1, 0], [1, 2, 3])
+    assert pool.reserve(chain("xyz"), fill=4).evicted == chain("ab")
+    pool.check_integrity()
+
+
+def test_a_block_is_not_found_in_a_slot_that_is_in_use(pool: Pool) -> None:
+    fill(pool, "a")
+    (taken,) = pool.pin(chain("a"))
+    assert pool.adopt(chain("bac"), [taken, 1, 4], [2, 2, 2]) == [False, False, False]
+    assert pool.adopt(chain("dde"), [1, 2, 1], [3, 3, 3]) == [True, False, False]
     pool.check_integrity()

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvbm_schemas.block import BlockHash
+from kvbm_service.core.lru import Lru
 from kvbm_service.core.pool import Pool
 from tests.core.builders import chain
 
@@ -90,8 +91,28 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.unpin(self.pins.pop(data.draw(st.integers(0, len(self.pins) - 1))))
 
     @rule(wanted=chains)
-    def touch(self, wanted: list[BlockHash]) -> None:
-        self.pool.touch(wanted)
+    def use(self, wanted: list[BlockHash]) -> None:
+        self.stamp += 1
+        self.pool.use(wanted, now=float(self.stamp))
+
+    @rule(
+        found=st.lists(
+            st.tuples(st.sampled_from(chain("abcdefghij")), st.integers(0, CAPACITY)), max_size=4
+        )
+    )
+    def adopt(self, found: list[tuple[BlockHash, int]]) -> None:
+        self.stamp += 1
+        expected = []
+        for block, slot in found:
+            busy = set(self.ready.values()) | set(self.filling) | self.pinned()
+            known = block in self.ready or block in self.filling.values()
+            expected.append(slot < CAPACITY and slot not in busy and not known)
+            if expected[-1]:
+                self.ready[block] = slot
+        blocks, slots = [block for block, _ in found], [slot for _, slot in found]
+        assert self.pool.adopt(blocks, slots, [self.stamp] * len(found)) == expected
+        taken = [slot for slot, good in zip(slots, expected, strict=True) if good]
+        assert self.pool.fills(taken) == [self.stamp] * len(taken)
 
     @rule(wanted=chains)
     def drop(self, wanted: list[BlockHash]) -> None:
@@ -121,30 +142,31 @@ class PoolMachine(RuleBasedStateMachine):
 TestPool = PoolMachine.TestCase
 
 
-class EvictionMachine(RuleBasedStateMachine):
+class LruMachine(RuleBasedStateMachine):
     """Nothing is pinned and every fill succeeds at once: then eviction is plain LRU by chain."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = Pool(CAPACITY)
+        self.pool = Pool(CAPACITY, Lru())
         self.order: list[BlockHash] = []
 
-    @rule(used=chains)
-    def store(self, used: list[BlockHash]) -> None:
-        here = [block for block in used if block in self.order]
+    @rule(wanted=chains)
+    def store(self, wanted: list[BlockHash]) -> None:
+        here = [block for block in wanted if block in self.order]
+        absent = [block for block in wanted if block not in here]
+        room = CAPACITY - len(self.order)
+        victims = [block for block in self.order if block not in here][: max(0, len(absent) - room)]
+        _, slots, evicted = self.pool.reserve(wanted, fill=1)
+        assert evicted == victims
+        stored = self.pool.commit(slots)
+        assert stored == absent[: room + len(victims)]
+        self.order = [block for block in self.order if block not in victims] + stored[::-1]
+
+    @rule(wanted=chains)
+    def use(self, wanted: list[BlockHash]) -> None:
+        self.pool.use(wanted, now=0.0)
+        here = [block for block in wanted if block in self.order]
         self.order = [block for block in self.order if block not in here] + here[::-1]
-        absent = [block for block in used if block not in here]
-        victims = max(0, len(self.order) + len(absent) - CAPACITY)
-        _, slots, evicted = self.pool.reserve(used, fill=1)
-        assert evicted == self.order[:victims]
-        self.pool.commit(slots)
-        self.order = self.order[victims:] + absent[::-1]
-
-    @rule(used=chains)
-    def touch(self, used: list[BlockHash]) -> None:
-        self.pool.touch(used)
-        here = [block for block in used if block in self.order]
-        self.order = [block for block in self.order if block not in here] + here[::-1]
 
 
-TestEviction = EvictionMachine.TestCase
+TestLru = LruMachine.TestCase
