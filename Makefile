@@ -23,7 +23,7 @@ venv-older:  ## set up the older vLLM releases beside it
 	@$(if $(PYTHON),,$(error Python 3.11 to 3.14 is needed, and none was found: install one, or name it with PYTHON=))
 	@$(PYTHON) deploy/dev/environment.py --older $(OLDER_VLLM)
 
-test: venv-older  ## run every test that needs no GPU, on all vLLM releases (TESTS=path: only those)
+test: venv-older prometheus  ## run every test that needs no GPU, on all vLLM releases (TESTS=path: only those)
 	@status=0; \
 	$(if $(TESTS),,$(MAKE) --no-print-directory run-older || status=1;) \
 	echo "tests on this release of vLLM"; \
@@ -31,6 +31,10 @@ test: venv-older  ## run every test that needs no GPU, on all vLLM releases (TES
 	exit $$status
 
 test-vllm-older: venv-older run-older  ## run the connector's tests on older vLLM releases
+
+.PHONY: prometheus
+prometheus:
+	@$(PYTHON) deploy/dev/prometheus.py || true
 
 .PHONY: run-older
 run-older:
