@@ -5,12 +5,14 @@ What every mover shares: a mover adds reading from other ranks.
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from kvbm_service.adapters.copies import Column, Copies
-from kvbm_service.adapters.mover import Blocks, Fence, Indices, Mask, Region, RemoteSlab
+from kvbm_service.adapters.mover import Blocks, Fence, Indices, Mask, Region, RemoteSlab, Stamps
 from kvbm_service.adapters.slab import Headers, Slab, names
 from kvbm_service.errors import TransferError
 
@@ -63,6 +65,63 @@ class HostTier:
     def fill_from(self, base: int, blocks: Blocks) -> None:
         """Copy slots of a slab at `base`, laid out like ours, into device blocks."""
         self._copy(self._in_pool(blocks.device), self._in_slab(base, blocks.slots))
+
+    def copy_out(self, device: Indices, to: Column) -> None:
+        """Copy device blocks to memory: each, laid out like a slot, to an address of its own."""
+        self._copy(self._pieces(to), self._in_pool(device))
+
+    def copy_in(self, source: Column, device: Indices) -> Mask:
+        """Copy blocks that lie at these addresses into device blocks.
+
+        With `verify`, True where the device's bytes are then the same; without, everywhere.
+        """
+        self._copy(self._in_pool(device), self._pieces(source))
+        return np.asarray(self._checksums(device) == self._memory_checksums(source), np.bool_)
+
+    def holds(self, slots: Indices, hashes: Column, fills: Stamps, copies: Column) -> Mask:
+        """Which slots are named so; with `verify`, those of which `copies` are true as well."""
+        headers = self.slab.read_headers(slots)
+        right = names(headers, Blocks(hashes, fills, slots, slots))
+        if self._verify:
+            expected = headers["checksum"]
+            right &= (expected == 0) | (expected == self._memory_checksums(copies))
+        return right
+
+    def stamp(self, slots: Indices, hashes: Column, fill: int) -> None:
+        """Let slots that were filled from elsewhere be named so."""
+        fills = np.full(len(slots), fill, np.uint64)
+        sums = self._memory_checksums(self._rows(self.slab.base, slots))
+        self.slab.stamp(Blocks(hashes, fills, slots, slots), sums)
+
+    def check_slots(self, slots: Indices) -> None:
+        """Refuse slots that the slab does not have.
+
+        Raises:
+            TransferError: a number is out of range.
+        """
+        if len(slots) and int(slots.max()) >= self.slab.slots:
+            raise TransferError(f"a slot is not below {self.slab.slots}")
+
+    def check_device(self, device: Indices) -> None:
+        """Refuse device blocks that the pool does not have.
+
+        Raises:
+            TransferError: a number is out of range.
+        """
+        if len(device) and int(device.max()) >= self._device_blocks:
+            raise TransferError(f"a device block is not below {self._device_blocks}")
+
+    def pin(self, address: int, nbytes: int) -> None:
+        """Make memory fit for copies to and from the device.
+
+        Raises:
+            TransferError: refused by the device's driver.
+        """
+        self._copies.pin(address, nbytes)
+
+    def unpin(self, address: int) -> None:
+        """Undo `pin`."""
+        self._copies.unpin(address)
 
     def arrived(self, headers: Headers, blocks: Blocks, among: Mask | None = None) -> Mask:
         """Which device blocks are proven whole, by the headers read after their bytes.
@@ -117,7 +176,12 @@ class HostTier:
             )
 
     def _in_slab(self, base: int, slots: Indices) -> Column:
-        starts = slots.astype(np.uint64) * np.uint64(self.slab.slot_bytes) + np.uint64(base)
+        return self._pieces(self._rows(base, slots))
+
+    def _rows(self, base: int, slots: Indices) -> Column:
+        return slots.astype(np.uint64) * np.uint64(self.slab.slot_bytes) + np.uint64(base)
+
+    def _pieces(self, starts: Column) -> Column:
         return (starts[:, None] + self._offsets).ravel()
 
     def _in_pool(self, device: Indices) -> Column:
@@ -136,6 +200,15 @@ class HostTier:
             for i in range(len(device)):
                 self._copy(to, self._in_pool(device[i : i + 1]))
                 sums[i] = xxhash.xxh3_64_intdigest(block.data) or 1  # 0 says "not taken"
+        return sums
+
+    def _memory_checksums(self, addresses: Column) -> npt.NDArray[np.uint64]:
+        """Of blocks in our own memory; 0 without `verify`."""
+        sums = np.zeros(len(addresses), np.uint64)
+        if self._verify:
+            for i, address in enumerate(addresses.tolist()):
+                block = (ctypes.c_char * self.slab.slot_bytes).from_address(address)
+                sums[i] = xxhash.xxh3_64_intdigest(block) or 1
         return sums
 
 

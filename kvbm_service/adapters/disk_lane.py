@@ -1,0 +1,386 @@
+"""One direction of traffic between memory and the disk tier's file.
+
+Blocks go in batches, several of them in flight; while they are, the neighbours' bytes are
+copied and summed. NIXL does the reading and writing, in one agent per lane, so that a read
+never queues behind writes.
+
+The memory of a batch is a part of the lane's own bounce buffer. A slot of the slab is only
+ever written from (`slab`), never read into: a read that the kernel still has when this
+process is killed must not land in memory that a next life of the engine uses.
+
+A transfer that is not DONE may still be going on. Linux's AIO, NIXL's first choice here, waits
+for what is in flight when its context is destroyed, so destroying the agent proves it quiet;
+with any other queue the buffer is given up along with the agent. A transfer that does not end
+at all gives up the disk: destroying its agent would hang just as long.
+
+NIXL does not say why a transfer failed. Each of its blocks is then tried once more with a plain
+read or write: that tells the reason, and spares the blocks that are fine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from nixl._api import nixl_agent, nixl_agent_config
+
+from kvbm_service.adapters.disk import DiskLost
+from kvbm_service.adapters.disk_file import DiskFile
+from kvbm_service.adapters.host_tier import HostTier
+from kvbm_service.adapters.mover import Indices, Mask
+from kvbm_service.adapters.nixl_reader import NIXL_ERRORS, destroy
+from kvbm_service.errors import LayoutError
+
+_log = logging.getLogger(__name__)
+
+Operation = Literal["READ", "WRITE"]
+
+BOUNCE_BYTES = 64 << 20
+"""Of memory per lane; batches of large blocks shrink to fit."""
+
+BATCH_BYTES = 1 << 20
+"""A transfer is not split into batches smaller than this."""
+
+POLL_SECONDS = 0.000_05
+
+ANSWER_SECONDS = 30.0
+"""A disk that takes longer is given up."""
+
+FAILED_BATCHES = 3
+"""So many in a row without one block in place, and the disk is given up."""
+
+MAX_GIVEN_UP = 4
+"""Bounce buffers given up to transfers that may still be writing; then the disk is, too."""
+
+LOG_SECONDS = 10.0
+
+FATAL = frozenset(
+    {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENODEV, errno.ENXIO, errno.EBADF,
+     errno.ESTALE, errno.EFBIG}
+)  # fmt: skip
+"""Errors that the next block will meet as well."""
+
+_POSIX_QUEUES = ("use_aio", "use_uring", "use_posix_aio")
+"""In the order in which they are tried."""
+
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+_given_up: list[object] = []
+"""Agents and memory that something may still use: kept until the process ends."""
+
+
+class Memory(NamedTuple):
+    """Rows of memory that blocks are transferred from or to, `stride` apart."""
+
+    address: int
+    stride: int
+    rows: int
+
+    def addresses(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint64]:
+        return rows.astype(np.uint64) * np.uint64(self.stride) + np.uint64(self.address)
+
+
+class Batch:
+    """Blocks that go together: disk slots, and the rows of `memory` for them."""
+
+    def __init__(self, some: slice, memory: Memory, rows: Indices, slots: Indices) -> None:
+        self.some = some
+        """Which of the blocks of the whole transfer."""
+        self.memory = memory
+        self.rows = rows
+        self.slots = slots
+        self.handle: Any = None
+        """NIXL's, until the batch is in place or its agent is destroyed."""
+        self.in_place = False
+        self.failed = False
+
+    @property
+    def addresses(self) -> npt.NDArray[np.uint64]:
+        return self.memory.addresses(self.rows)
+
+
+class Lane:
+    """Reads from `file`, or writes to it, blocks of `row_bytes` in `slots` slots.
+
+    Raises:
+        LayoutError: NIXL's backend does not start.
+    """
+
+    def __init__(
+        self,
+        operation: Operation,
+        file: DiskFile,
+        slots: int,
+        row_bytes: int,
+        tier: HostTier,
+        *,
+        batch_blocks: int,
+        batches: int,
+        backend: str,
+        slab: Memory | None = None,
+    ) -> None:
+        self._operation = operation
+        self._file = file
+        self._slots = slots
+        self._row_bytes = row_bytes
+        self._tier = tier
+        self._parts = batches
+        self._part_rows = max(1, min(batch_blocks, BOUNCE_BYTES // (row_bytes * batches)))
+        self._backend = backend
+        self.slab = slab
+        """Where blocks may also be written from."""
+        self._failed_in_a_row = 0
+        self._buffers_given_up = 0
+        self._reason = ""
+        self._agent: Any = None
+        self._logged = -LOG_SECONDS
+        self.failures = 0
+        """Blocks that could not be read or written."""
+        self._new_bounce()
+        self._connect()
+
+    def transfer(
+        self,
+        slots: Indices,
+        prepare: Callable[[Batch], None],
+        settle: Callable[[Batch, Mask], None],
+        slab_rows: Indices | None = None,
+    ) -> None:
+        """Move the blocks of `slots`, batch by batch.
+
+        `prepare` is called before a batch starts, `settle` when it has ended, with the mask of
+        its blocks that came through. With `slab_rows` their memory is the slab's.
+
+        Raises:
+            DiskLost: the disk is to be given up.
+        """
+        under_way: deque[Batch] = deque()
+        try:
+            for batch in self._batches(slots, slab_rows):
+                if len(under_way) == self._parts:
+                    settle(under_way[0], self._finish(under_way))
+                    under_way.popleft()
+                prepare(batch)
+                under_way.append(batch)
+                self._start(batch)
+            while under_way:
+                settle(under_way[0], self._finish(under_way))
+                under_way.popleft()
+        finally:
+            if under_way:  # on the way out with an error: our memory must be left alone
+                self._quiet(under_way)
+
+    def close(self) -> None:
+        """Let go of NIXL and of the memory."""
+        if self._agent is not None:
+            self._disconnect()
+        self._tier.unpin(self._bounce.address)
+
+    def _batches(self, slots: Indices, slab_rows: Indices | None) -> Iterator[Batch]:
+        spread = -(-len(slots) // self._parts)
+        size = min(self._part_rows, max(spread, BATCH_BYTES // self._row_bytes, 1))
+        for number, at in enumerate(range(0, len(slots), size)):
+            some = slice(at, min(at + size, len(slots)))
+            if slab_rows is not None:
+                assert self.slab is not None
+                yield Batch(some, self.slab, slab_rows[some], slots[some])
+            else:
+                first = number % self._parts * self._part_rows
+                rows = np.arange(first, first + some.stop - at, dtype=np.uint32)
+                yield Batch(some, self._bounce, rows, slots[some])
+
+    # -- one batch -----------------------------------------------------------------------------
+
+    def _start(self, batch: Batch) -> None:
+        local = self._in_slab if batch.memory is self.slab else self._in_bounce
+        batch.handle = self._agent.make_prepped_xfer(
+            self._operation,
+            local, batch.rows.astype(np.int32), self._in_file, batch.slots.astype(np.int32),
+        )  # fmt: skip
+        try:
+            batch.failed = self._agent.transfer(batch.handle) == "ERR"
+        except NIXL_ERRORS:
+            batch.failed = True
+
+    def _finish(self, under_way: Sequence[Batch]) -> Mask:
+        """Wait for the first of the batches; say which of its blocks came through."""
+        batch = under_way[0]
+        self._await(batch)
+        if batch.handle is not None:
+            self._quiet(under_way)
+        if batch.in_place:
+            self._failed_in_a_row = 0
+            return np.ones(len(batch.slots), np.bool_)
+        return self._by_hand(batch)
+
+    def _await(self, batch: Batch) -> None:
+        """Wait until the batch is in place or has failed; a failed one keeps its handle.
+
+        Raises:
+            DiskLost: it does not end.
+        """
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while batch.handle is not None and not batch.failed:
+            try:
+                state = self._agent.check_xfer_state(batch.handle)
+            except NIXL_ERRORS:
+                state = "ERR"
+            batch.failed = state == "ERR"
+            if state == "DONE":
+                batch.in_place = True
+                batch.handle.release()
+                batch.handle = None
+            if state != "PROC":
+                return
+            if time.monotonic() > deadline:
+                self._give_up(self._agent, batch)
+                self._agent = None
+                raise DiskLost(f"the disk has not answered for {ANSWER_SECONDS:.0f} s")
+            time.sleep(POLL_SECONDS)
+
+    def _quiet(self, under_way: Iterable[Batch]) -> None:
+        """Let all batches end; of those that failed, make sure that nothing more happens.
+
+        Raises:
+            DiskLost: one does not end.
+        """
+        for batch in under_way:
+            self._await(batch)
+        failed = [batch for batch in under_way if batch.handle is not None]
+        for batch in failed:
+            batch.handle.release()
+            batch.handle._agent = None
+            batch.handle = None
+        if failed:
+            self._disconnect()
+            if not self._quiet_when_destroyed:
+                self._replace_bounce(failed)
+            self._connect()
+
+    def _by_hand(self, batch: Batch) -> Mask:
+        """Try each block of a failed batch once more, to learn why it fails.
+
+        Raises:
+            DiskLost: it is not this block, it is the disk.
+        """
+        came_through = np.zeros(len(batch.slots), np.bool_)
+        for at, (address, slot) in enumerate(
+            zip(batch.addresses.tolist(), batch.slots.tolist(), strict=True)
+        ):
+            try:
+                self._one(address, slot * self._row_bytes)
+                came_through[at] = True
+            except OSError as error:
+                self.failures += 1
+                self._explain(error, slot)
+        self._failed_in_a_row = 0 if came_through.any() else self._failed_in_a_row + 1
+        if self._failed_in_a_row == FAILED_BATCHES:
+            raise DiskLost(f"the disk failed {FAILED_BATCHES} times in a row: {self._reason}")
+        return came_through
+
+    def _one(self, address: int, offset: int) -> None:
+        memory = memoryview((ctypes.c_char * self._row_bytes).from_address(address))
+        if self._operation == "READ":
+            moved = os.preadv(self._file.fd, [memory], offset)
+        else:
+            moved = os.pwrite(self._file.fd, memory, offset)
+        if moved < self._row_bytes:
+            raise OSError(errno.EIO, f"only {moved} of {self._row_bytes} bytes went through")
+
+    def _explain(self, error: OSError, slot: int) -> None:
+        self._reason = f"{error.strerror} ({self._operation.lower()} of slot {slot})"
+        if error.errno in FATAL:
+            raise DiskLost(f"the disk fails: {self._reason}")
+        if time.monotonic() - self._logged > LOG_SECONDS:
+            self._logged = time.monotonic()
+            _log.warning("disk tier: %s; %d blocks so far", self._reason, self.failures)
+
+    # -- NIXL and memory -----------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        queues = [{queue: "true"} for queue in _POSIX_QUEUES]
+        for parameters in queues if self._backend == "POSIX" else [{}]:
+            try:
+                self._agent = self._new_agent(parameters)
+                break
+            except NIXL_ERRORS as error:
+                reason = str(error)
+        else:
+            raise LayoutError(
+                f"NIXL's {self._backend} backend does not start ({reason}): "
+                "set KVBM_DISK_BACKEND=POSIX, and see that fs.aio-max-nr is not used up"
+            )
+        self._quiet_when_destroyed = "use_aio" in parameters
+        local, remote = "NIXL_INIT_AGENT", self._agent.name
+        rows = self._row_bytes
+        file = (0, rows, self._file.fd, rows, self._slots)
+        self._agent.register_memory([(0, self._file.nbytes, self._file.fd, "")], "FILE")
+        self._in_file = self._prepare(remote, file, "FILE")
+        self._in_bounce = self._prepare(local, self._register(self._bounce), "DRAM")
+        if self.slab is not None:
+            self._in_slab = self._prepare(local, self._register(self.slab), "DRAM")
+
+    def _new_agent(self, parameters: dict[str, str]) -> Any:
+        agent = nixl_agent(
+            f"kvbm-disk-{uuid.uuid4().hex}",
+            nixl_agent_config(enable_prog_thread=False, backends=[]),
+        )
+        under_way = str(self._parts * self._part_rows)
+        if parameters:
+            parameters = parameters | {"ios_pool_size": under_way, "kernel_queue_size": under_way}
+        agent.create_backend(self._backend, parameters)
+        self._prepared: list[Any] = []
+        return agent
+
+    def _register(self, memory: Memory) -> tuple[int, ...]:
+        length = (memory.rows - 1) * memory.stride + self._row_bytes
+        self._agent.register_memory([(memory.address, length, 0, "")], "DRAM")
+        return (memory.address, self._row_bytes, 0, memory.stride, memory.rows)
+
+    def _prepare(self, agent: str, row: tuple[int, ...], kind: str) -> Any:
+        handle = self._agent.prep_xfer_dlist(agent, np.array([row], np.uint64), kind)
+        self._prepared.append(handle)
+        return handle
+
+    def _disconnect(self) -> None:
+        for handle in self._prepared:
+            handle.release()
+            handle._agent = None
+        self._prepared.clear()
+        destroy(self._agent)
+        self._agent = None
+
+    def _new_bounce(self) -> None:
+        rows = self._parts * self._part_rows
+        self._memory = mmap.mmap(-1, rows * self._row_bytes, flags=_PRIVATE)
+        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+            with contextlib.suppress(OSError):  # a kernel built without it
+                self._memory.madvise(advice)
+        address = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._bounce = Memory(address, self._row_bytes, rows)
+        self._tier.pin(address, rows * self._row_bytes)
+
+    def _replace_bounce(self, failed: list[Batch]) -> None:
+        """Leave the buffer to transfers that may still be at it."""
+        self._give_up()
+        self._buffers_given_up += 1
+        if self._buffers_given_up > MAX_GIVEN_UP:
+            raise DiskLost(f"the disk failed {MAX_GIVEN_UP} times: {self._reason}")
+        self._new_bounce()
+        if self._operation == "READ":
+            for batch in failed:
+                batch.memory = self._bounce
+
+    def _give_up(self, *kept: object) -> None:
+        _given_up.append((self._memory, *kept))
