@@ -73,11 +73,11 @@ and what fits none is `other`.
 """
 
 FAILURES: Vocabulary = (
-    ("checksum", ("checksum", "something else", "corrupt", "torn")),
+    ("checksum", ("checksum", "something else", "not what", "corrupt", "torn")),
     ("no_space", ("no space", "enospc", "disk is full", "quota")),
+    ("lost", ("the disk fail", "the disk has not", "given up", "lost", "read-only")),
     ("timeout", ("too long", "timed out", "timeout", "deadline", "in time")),
     ("unreachable", ("connect", "is gone", "not in this process", "unreachable", "no answer")),
-    ("lost", ("given up", "lost", "read-only")),
     ("io_error", ("input/output", "i/o", "errno", "device failed", "driver refused")),
 )
 """Why blocks did not arrive."""

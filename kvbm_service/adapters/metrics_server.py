@@ -20,8 +20,12 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from kvbm_service.adapters.metrics import Metrics
+from kvbm_service.errors import SettingError
 
 _log = logging.getLogger(__name__)
+
+HOST_SETTING = "KVBM_METRICS_HOST"
+PORT_SETTING = "DYN_KVBM_METRICS_PORT"
 
 MAX_PORTS_TRIED = 32
 """Ports from the wanted one on; if all are taken, the system chooses one."""
@@ -46,7 +50,7 @@ def serve(metrics: Metrics, host: str, port: int) -> MetricsServer:
     """Serve `metrics` on `port` or, if it is taken, on the next one that is free.
 
     Raises:
-        OSError: `host` is no address of this machine.
+        SettingError: `host` is no address of this machine.
     """
     server = _bind(metrics, host, port)
     if port in (0, server.port):
@@ -54,8 +58,8 @@ def serve(metrics: Metrics, host: str, port: int) -> MetricsServer:
     else:
         _log.warning(
             "port %d is taken: metrics are served at http://%s/metrics instead; "
-            "DYN_KVBM_METRICS_PORT chooses another",
-            port, server.address,
+            "%s chooses another",
+            port, server.address, PORT_SETTING,
         )  # fmt: skip
     return MetricsServer(server)
 
@@ -67,7 +71,7 @@ def _bind(metrics: Metrics, host: str, port: int) -> _Server:
             return _Server(metrics, host, candidate)
         except OSError as error:
             if error.errno not in _TAKEN:
-                raise
+                raise SettingError(HOST_SETTING, host, "an address of this machine") from error
     return _Server(metrics, host, 0)
 
 

@@ -21,6 +21,7 @@ from kvbm_schemas.records import TierStatus
 from kvbm_service.adapters.metrics import Metrics, failure_label, refusal_label
 from kvbm_service.adapters.metrics_server import MetricsServer, serve
 from kvbm_service.core.accounts import Looked, Path, Refusal, Transferred
+from kvbm_service.errors import SettingError
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
 BLOCK_TOKENS = 16
@@ -209,6 +210,8 @@ def test_any_text_may_be_a_reason_and_labels_stay_few(metrics: Metrics) -> None:
         ("node-b.0 is not connected", "unreachable"),
         ("node-b.0 is not in this process, or is gone", "unreachable"),
         ("a slot held something else", "checksum"),
+        ("a block was not what its name says", "checksum"),
+        ("the disk failed 8 times in a row: Input/output error (read of slot 3)", "lost"),
         ("", "other"),
     ],
 )
@@ -218,7 +221,13 @@ def test_the_texts_of_failures_have_their_labels(text: str, label: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "label"),
-    [("not here", "not_here"), ("not ready", "not_ready"), ("too many questions at once", "busy")],
+    [
+        ("not here", "not_here"),
+        ("not ready", "not_ready"),
+        ("too many questions at once", "busy"),
+        ("G2 is full", "no_room"),
+        ("priority", "priority"),
+    ],
 )
 def test_the_texts_of_refusals_have_their_labels(text: str, label: str) -> None:
     assert refusal_label(text) == label
@@ -342,6 +351,11 @@ def test_with_the_last_ports_taken_the_system_chooses_one(metrics: Metrics) -> N
         server = serve(metrics, "127.0.0.1", 65_535)
         assert server.port != 65_535
         server.close()
+
+
+def test_an_address_that_is_not_this_machines_is_a_wrong_setting(metrics: Metrics) -> None:
+    with pytest.raises(SettingError, match="KVBM_METRICS_HOST='192.0.2.1' is not allowed"):
+        serve(metrics, "192.0.2.1", 6880)
 
 
 def test_whoever_only_holds_a_connection_open_keeps_no_scrape_waiting(
