@@ -354,7 +354,7 @@ def test_with_the_last_ports_taken_the_system_chooses_one(metrics: Metrics) -> N
 
 
 def test_an_address_that_is_not_this_machines_is_a_wrong_setting(metrics: Metrics) -> None:
-    with pytest.raises(SettingError, match="KVBM_METRICS_HOST='192.0.2.1' is not allowed"):
+    with pytest.raises(SettingError, match="KVBM_METRICS_HOST"):
         serve(metrics, "192.0.2.1", 6880)
 
 

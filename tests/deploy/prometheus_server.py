@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,16 @@ class Prometheus:
         answer = self._get("/api/v1/query?" + urllib.parse.urlencode({"query": expression}))
         numbers = [float(series["value"][1]) for series in answer["data"]["result"]]
         return [number for number in numbers if math.isfinite(number)]
+
+    def values_while(self, work: Callable[[], None], expression: str) -> list[float]:
+        """The numbers that the expression gives while there is work; none if there never are."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            work()
+            if values := self.values(expression):
+                return values
+            time.sleep(0.1)
+        return []
 
     def _get(self, path: str) -> Any:
         with urllib.request.urlopen(self._url + path, timeout=10) as answer:

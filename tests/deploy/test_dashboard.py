@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,7 +16,7 @@ from kvbm_service.adapters.metrics_server import serve
 from kvbm_service.core.accounts import Looked, Path, Refusal, Transferred
 from tests.deploy import dashboard
 from tests.deploy.dashboard import Question
-from tests.deploy.prometheus_server import CONFIG, PATIENCE_SECONDS, Prometheus, program, prometheus
+from tests.deploy.prometheus_server import CONFIG, program, prometheus
 
 BLOCK_BYTES = 1 << 20
 
@@ -72,21 +71,10 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], li
     with prometheus(tmp_path_factory.mktemp("prometheus"), [f"127.0.0.1:{server.port}"]) as asked:
 
         def ask(expression: str) -> list[float]:
-            return ask_while(asked, engine.work, expression)
+            return asked.values_while(engine.work, expression)
 
         yield ask
     server.close()
-
-
-def ask_while(asked: Prometheus, work: Callable[[], None], expression: str) -> list[float]:
-    """The numbers that the expression gives while there is work; none if there never are any."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        work()
-        if values := asked.values(expression):
-            return values
-        time.sleep(0.1)
-    return []
 
 
 @pytest.mark.parametrize("question", dashboard.questions(), ids=lambda question: question.panel)
