@@ -15,19 +15,33 @@ import enum
 import functools
 import logging
 import math
-import os
-import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Self
-from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
 from kvbm_schemas.codec import Wire
-from kvbm_schemas.subjects import REGISTRY_NODE, is_token
+from kvbm_service.core.offload_filter import HIGHEST_FREQUENCY, MAX_ENTRIES
 from kvbm_service.errors import SettingError
+from kvbm_service.setting_kind import (
+    ADDRESS,
+    BACKEND,
+    BOOLEAN,
+    CREDENTIALS,
+    DIRECTORY,
+    DIRECTORY_OR_NONE,
+    MASK,
+    NODE_NAME,
+    NOWHERE,
+    TOKEN,
+    URLS,
+    Kind,
+    number,
+    one_of,
+    whole,
+)
+from kvbm_service.unused_settings import NOT_USED_YET, why_unused
 
 _log = logging.getLogger(__name__)
 
@@ -37,22 +51,8 @@ BYTES_PER_GB = 1_000_000_000
 MAX_SLOTS = (1 << 32) - 1
 """Slot numbers are 32 bits wide on the wire."""
 
-HIGHEST_FREQUENCY = 1024
-"""No block counts as more in demand than this, however often it is hit."""
-
 OUR_PREFIXES = ("KVBM_", "DYN_KVBM_")
 """A variable that begins so is meant for us: an unknown one is a typo."""
-
-_MASK = "****"
-
-
-class Kind(NamedTuple):
-    """What a value may be: in words, and as a parser raising ValueError or TypeError."""
-
-    allowed: str
-    parse: Callable[[object], Any]
-    show: Callable[[Any], str | float | bool] = lambda value: value
-    """The parsed value as it may be printed: in the unit it was given in, secrets masked."""
 
 
 class Setting(NamedTuple):
@@ -65,189 +65,6 @@ class Setting(NamedTuple):
     """How the value is read under the field's own name, where that is another unit."""
     option: str = ""
     """Its name on the command line, where it has one."""
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise TypeError
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def number(least: float, most: float, unit: str, scale: float = 1.0) -> Kind:
-    """A number of `unit`, fractions allowed; `scale` turns it into the field's unit."""
-
-    def parse(value: object) -> float:
-        found = _number(value)
-        if not least <= found <= most:
-            raise ValueError
-        return found * scale
-
-    return Kind(
-        f"a number{_of(unit)} from {_plain(least)} to {_plain(most)}",
-        parse,
-        lambda value: _plain(round(value / scale, 9)),
-    )
-
-
-def _of(unit: str) -> str:
-    return f" of {unit}" if unit else ""
-
-
-def _plain(value: float) -> float:
-    """The same number, without a fraction that says nothing."""
-    return int(value) if value == int(value) else value
-
-
-def whole(least: int, most: int, unit: str) -> Kind:
-    """A whole number of `unit`."""
-
-    def parse(value: object) -> int:
-        found = int(value) if isinstance(value, str) else _number(value)
-        if found != int(found) or not least <= found <= most:
-            raise ValueError
-        return int(found)
-
-    return Kind(f"a whole number{_of(unit)} from {least} to {most}", parse)
-
-
-_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True}
-_BOOLEANS |= {"0": False, "false": False, "no": False, "off": False}
-
-
-def _parse_boolean(value: object) -> bool:
-    try:
-        return _BOOLEANS[str(value).strip().lower()]
-    except KeyError:
-        raise ValueError from None
-
-
-BOOLEAN = Kind("1, true, yes or on; 0, false, no or off", _parse_boolean)
-
-
-def one_of(values: type[enum.StrEnum]) -> Kind:
-    """One of the words of an enumeration, in any case."""
-    return Kind(" or ".join(values), lambda value: values(str(value).strip().lower()), str)
-
-
-def _parse_token(value: object) -> str:
-    if not isinstance(value, str) or not is_token(value):
-        raise ValueError
-    return value
-
-
-def _parse_node_name(value: object) -> str:
-    if value == "":
-        return ""
-    name = _parse_token(value)
-    if name == REGISTRY_NODE:
-        raise ValueError
-    return name
-
-
-_TOKEN_WORDS = "1 to 64 letters, digits, - or _"
-TOKEN = Kind(_TOKEN_WORDS, _parse_token)
-NODE_NAME = Kind(f"{_TOKEN_WORDS}; not {REGISTRY_NODE!r}, which is reserved", _parse_node_name)
-
-_SCHEMES = ("nats", "tls", "ws", "wss")
-
-
-def _url_parts(url: str) -> SplitResult:
-    """Take one server's URL apart; raises ValueError when it cannot be one."""
-    if any(character.isspace() for character in url):
-        raise ValueError
-    parts = urlsplit(url if "://" in url else f"nats://{url}")
-    if parts.scheme not in _SCHEMES or not parts.hostname:
-        raise ValueError
-    if parts.port == 0 or parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise ValueError
-    return parts
-
-
-def _parse_urls(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    urls = [url.strip() for url in value.split(",") if url.strip()]
-    if not urls:
-        raise ValueError
-    return ",".join(_url_parts(url).geturl() for url in urls)
-
-
-def mask_urls(urls: str) -> str:
-    """The same URLs with passwords and tokens hidden."""
-    return ",".join(_mask_url(url) for url in urls.split(","))
-
-
-def _mask_url(url: str) -> str:
-    login, at, server = url.rpartition("@")
-    scheme, separator, user = login.rpartition("://")
-    name, colon, _ = user.partition(":")
-    # A user without a password is a NATS token, which is a secret as well.
-    return f"{scheme}{separator}{name + colon if colon else ''}{_MASK}@{server}" if at else url
-
-
-URLS = Kind(
-    "nats://host:port (or tls://, ws://, wss://), several joined by commas", _parse_urls, mask_urls
-)
-
-
-def _parse_file(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    try:
-        path = Path(value).expanduser()
-    except RuntimeError:  # "~name", and nobody is called so
-        raise ValueError from None
-    if value and not (path.is_file() and os.access(path, os.R_OK)):
-        raise ValueError
-    return str(path.absolute()) if value else ""
-
-
-CREDENTIALS = Kind("the path of a .creds file (or nkey seed) that can be read", _parse_file)
-
-
-def _parse_directory(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    try:
-        path = Path(value).expanduser()
-    except RuntimeError:
-        raise ValueError from None
-    if "\0" in value or (path.exists() and not path.is_dir()):
-        raise ValueError
-    return str(path.absolute())
-
-
-DIRECTORY = Kind("the path of a directory", _parse_directory)
-
-NOWHERE = "none"
-"""What says that no directory is wanted: an empty variable would count as unset."""
-
-
-def _parse_directory_or_none(value: object) -> str:
-    return "" if str(value).strip().lower() == NOWHERE else _parse_directory(value)
-
-
-DIRECTORY_OR_NONE = Kind(
-    f"the path of a directory, or {NOWHERE}",
-    _parse_directory_or_none,
-    lambda value: value or NOWHERE,
-)
-
-
-def _matching(pattern: str) -> Callable[[object], str]:
-    def parse(value: object) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
-            raise ValueError
-        return value
-
-    return parse
-
-
-BACKEND = Kind("the name of a NIXL backend: 1 to 64 letters, digits or _", _matching(r"\w{1,64}"))
-ADDRESS = Kind("an address or a host's name", _matching(r"[\w.:%-]{1,255}"))
 
 
 class DiskAllocator(enum.StrEnum):
@@ -377,7 +194,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Setting(
             "KVBM_DISK_OFFLOAD_MAX_ENTRIES",
-            whole(1, 100_000_000, "blocks"),
+            whole(1, MAX_ENTRIES, "blocks"),
             "Of how many blocks the demand is remembered; beyond, the least wanted is forgotten.",
         ),
     ] = 1_000_000
@@ -601,43 +418,6 @@ TABLE: Mapping[str, Setting] = _read_table()
 _FIELDS = {setting.variable: field for field, setting in TABLE.items()}
 _OPTIONS = {setting.option: field for field, setting in TABLE.items() if setting.option}
 
-_RANKS_MEET = "ranks meet through NATS here, so that there is no port to choose"
-_NO_OBJECTS = "there is no object storage tier yet"
-_NO_BROADCAST = "each rank loads its own blocks, so that there is no broadcast"
-_NO_MERGING = "what is stored and removed is told over NATS, beside the engine's own events"
-
-NOT_USED_YET: Mapping[str, str] = {
-    "DYN_KVBM_TRANSFER_BATCH_SIZE": "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE is the one that is read",
-    "DYN_KVBM_LEADER_ZMQ_HOST": _RANKS_MEET,
-    "DYN_KVBM_LEADER_ZMQ_PUB_PORT": _RANKS_MEET,
-    "DYN_KVBM_LEADER_ZMQ_ACK_PORT": _RANKS_MEET,
-    "DYN_KVBM_ENABLE_RECORD": "calls are not recorded; `kvbm tap` shows events as they happen",
-    "DYN_KVBM_NCCL_MLA_MODE": _NO_BROADCAST,
-    "DYN_KVBM_NCCL_MAX_CTAS": _NO_BROADCAST,
-    "DYN_KVBM_DISABLE_WRITE_COMBINED": "host memory is never write-combined here",
-    "DYN_KVBM_ENABLE_NUMA": "where host memory lies is left to the kernel",
-    "DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR": _NO_MERGING,
-    "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE": _NO_MERGING,
-    "DYN_KVBM_TRTLLM_ZMQ_PORT": "there is no connector for TensorRT-LLM yet",
-    "DYN_KVBM_OBJECT_ENABLED": _NO_OBJECTS,
-    "DYN_KVBM_OBJECT_BUCKET": _NO_OBJECTS,
-    "DYN_KVBM_OBJECT_ENDPOINT": _NO_OBJECTS,
-    "DYN_KVBM_OBJECT_REGION": _NO_OBJECTS,
-    "DYN_KVBM_OBJECT_ACCESS_KEY": _NO_OBJECTS,
-    "DYN_KVBM_OBJECT_SECRET_KEY": _NO_OBJECTS,
-    "DYN_KVBM_OBJECT_NUM_BLOCKS": _NO_OBJECTS,
-}
-"""Variables that people bring along from Dynamo's KVBM and that change nothing here: why not."""
-
-_NOT_USED_YET_PREFIX = re.compile(r"DYN_KVBM_NIXL_BACKEND_\w+")
-
-
-def why_unused(variable: str) -> str:
-    """Why this version does not read a name of the guides; empty if it is none of those."""
-    if _NOT_USED_YET_PREFIX.fullmatch(variable):
-        return "KVBM_DISK_BACKEND names the backend for files; others are not to be chosen"
-    return NOT_USED_YET.get(variable, "")
-
 
 class Source(enum.StrEnum):
     """Where a value came from."""
@@ -738,7 +518,7 @@ def _masked(value: object) -> object:
     """A refused value as it may be shown: not knowing its parts, hide all that may be a login."""
     if not isinstance(value, str) or "@" not in value:
         return value
-    return f"{_MASK}@{value.rpartition('@')[2]}"
+    return f"{MASK}@{value.rpartition('@')[2]}"
 
 
 @functools.lru_cache(maxsize=256)

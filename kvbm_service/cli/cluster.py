@@ -22,7 +22,8 @@ from kvbm_service.cli.options import Credentials, Json, Namespace, NatsUrl, read
 from kvbm_service.cli.readable import size
 from kvbm_service.cli.running import run
 from kvbm_service.errors import KvbmError, NoAnswer, SettingError
-from kvbm_service.settings import TOKEN, Settings
+from kvbm_service.setting_kind import TOKEN
+from kvbm_service.settings import Settings
 
 if TYPE_CHECKING:
     from kvbm_service.adapters.nats_bus import NatsBus

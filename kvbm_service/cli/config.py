@@ -9,7 +9,8 @@ import textwrap
 import typer
 
 from kvbm_service.cli.options import Credentials, Json, Namespace, NatsUrl, resolve_options
-from kvbm_service.settings import TABLE, Resolved, Source, why_unused
+from kvbm_service.settings import TABLE, Resolved, Source
+from kvbm_service.unused_settings import why_unused
 
 
 def config(

@@ -22,7 +22,8 @@ from kvbm_service.cli.options import Credentials, NatsUrl, read_settings
 from kvbm_service.cli.readable import size
 from kvbm_service.cli.running import log_as_a_service, run, status_line
 from kvbm_service.errors import BusError, PortTaken
-from kvbm_service.settings import Settings, mask_urls
+from kvbm_service.setting_kind import mask_urls
+from kvbm_service.settings import Settings
 
 if TYPE_CHECKING:
     from kvbm_service.adapters.nats_server import EmbeddedNats

@@ -20,7 +20,8 @@ from kvbm_service.cli.options import Credentials, Full, Json, Namespace, NatsUrl
 from kvbm_service.cli.readable import as_data, as_line, printable
 from kvbm_service.cli.running import run
 from kvbm_service.errors import KvbmError, SettingError
-from kvbm_service.settings import Settings, mask_urls
+from kvbm_service.setting_kind import mask_urls
+from kvbm_service.settings import Settings
 
 MAX_WAITING = 10_000
 """Messages that wait for a slow terminal; more are counted and left out."""

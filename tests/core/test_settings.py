@@ -10,21 +10,20 @@ import pytest
 
 from kvbm_schemas.codec import Wire
 from kvbm_service import settings as module
+from kvbm_service.core.offload_filter import HIGHEST_FREQUENCY
 from kvbm_service.errors import SettingError
+from kvbm_service.setting_kind import BOOLEAN, mask_urls
 from kvbm_service.settings import (
-    BOOLEAN,
-    HIGHEST_FREQUENCY,
     MAX_SLOTS,
-    NOT_USED_YET,
     TABLE,
     Layer,
     Settings,
     Source,
     TierSlots,
-    mask_urls,
     resolve,
     tier_slots,
 )
+from kvbm_service.unused_settings import NOT_USED_YET
 
 GUIDES_NAMES = {
     "DYN_KVBM_CPU_CACHE_GB": "cpu_cache_gb",

@@ -1,0 +1,209 @@
+"""Kinds of values that a setting may have: each says in words what is allowed, and parses it."""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+from kvbm_schemas.subjects import REGISTRY_NODE, is_token
+
+MASK = "****"
+"""Shown instead of a secret."""
+
+
+class Kind(NamedTuple):
+    """What a value may be: in words, and as a parser raising ValueError or TypeError."""
+
+    allowed: str
+    parse: Callable[[object], Any]
+    show: Callable[[Any], str | float | bool] = lambda value: value
+    """The parsed value as it may be printed: in the unit it was given in, secrets masked."""
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def number(least: float, most: float, unit: str, scale: float = 1.0) -> Kind:
+    """A number of `unit`, fractions allowed; `scale` turns it into the field's unit."""
+
+    def parse(value: object) -> float:
+        found = _number(value)
+        if not least <= found <= most:
+            raise ValueError
+        return found * scale
+
+    return Kind(
+        f"a number{_of(unit)} from {_plain(least)} to {_plain(most)}",
+        parse,
+        lambda value: _plain(round(value / scale, 9)),
+    )
+
+
+def _of(unit: str) -> str:
+    return f" of {unit}" if unit else ""
+
+
+def _plain(value: float) -> float:
+    """The same number, without a fraction that says nothing."""
+    return int(value) if value == int(value) else value
+
+
+def whole(least: int, most: int, unit: str) -> Kind:
+    """A whole number of `unit`."""
+
+    def parse(value: object) -> int:
+        found = int(value) if isinstance(value, str) else _number(value)
+        if found != int(found) or not least <= found <= most:
+            raise ValueError
+        return int(found)
+
+    return Kind(f"a whole number{_of(unit)} from {least} to {most}", parse)
+
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True}
+_BOOLEANS |= {"0": False, "false": False, "no": False, "off": False}
+
+
+def _parse_boolean(value: object) -> bool:
+    try:
+        return _BOOLEANS[str(value).strip().lower()]
+    except KeyError:
+        raise ValueError from None
+
+
+BOOLEAN = Kind("1, true, yes or on; 0, false, no or off", _parse_boolean)
+
+
+def one_of(values: type[enum.StrEnum]) -> Kind:
+    """One of the words of an enumeration, in any case."""
+    return Kind(" or ".join(values), lambda value: values(str(value).strip().lower()), str)
+
+
+def _parse_token(value: object) -> str:
+    if not isinstance(value, str) or not is_token(value):
+        raise ValueError
+    return value
+
+
+def _parse_node_name(value: object) -> str:
+    if value == "":
+        return ""
+    name = _parse_token(value)
+    if name == REGISTRY_NODE:
+        raise ValueError
+    return name
+
+
+_TOKEN_WORDS = "1 to 64 letters, digits, - or _"
+TOKEN = Kind(_TOKEN_WORDS, _parse_token)
+NODE_NAME = Kind(f"{_TOKEN_WORDS}; not {REGISTRY_NODE!r}, which is reserved", _parse_node_name)
+
+_SCHEMES = ("nats", "tls", "ws", "wss")
+
+
+def _url_parts(url: str) -> SplitResult:
+    """Take one server's URL apart; raises ValueError when it cannot be one."""
+    if any(character.isspace() for character in url):
+        raise ValueError
+    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    if parts.scheme not in _SCHEMES or not parts.hostname:
+        raise ValueError
+    if parts.port == 0 or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError
+    return parts
+
+
+def _parse_urls(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    urls = [url.strip() for url in value.split(",") if url.strip()]
+    if not urls:
+        raise ValueError
+    return ",".join(_url_parts(url).geturl() for url in urls)
+
+
+def mask_urls(urls: str) -> str:
+    """The same URLs with passwords and tokens hidden."""
+    return ",".join(_mask_url(url) for url in urls.split(","))
+
+
+def _mask_url(url: str) -> str:
+    login, at, server = url.rpartition("@")
+    scheme, separator, user = login.rpartition("://")
+    name, colon, _ = user.partition(":")
+    # A user without a password is a NATS token, which is a secret as well.
+    return f"{scheme}{separator}{name + colon if colon else ''}{MASK}@{server}" if at else url
+
+
+URLS = Kind(
+    "nats://host:port (or tls://, ws://, wss://), several joined by commas", _parse_urls, mask_urls
+)
+
+
+def _parse_file(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:  # "~name", and nobody is called so
+        raise ValueError from None
+    if value and not (path.is_file() and os.access(path, os.R_OK)):
+        raise ValueError
+    return str(path.absolute()) if value else ""
+
+
+CREDENTIALS = Kind("the path of a .creds file (or nkey seed) that can be read", _parse_file)
+
+
+def _parse_directory(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError from None
+    if "\0" in value or (path.exists() and not path.is_dir()):
+        raise ValueError
+    return str(path.absolute())
+
+
+DIRECTORY = Kind("the path of a directory", _parse_directory)
+
+NOWHERE = "none"
+"""What says that no directory is wanted: an empty variable would count as unset."""
+
+
+def _parse_directory_or_none(value: object) -> str:
+    return "" if str(value).strip().lower() == NOWHERE else _parse_directory(value)
+
+
+DIRECTORY_OR_NONE = Kind(
+    f"the path of a directory, or {NOWHERE}",
+    _parse_directory_or_none,
+    lambda value: value or NOWHERE,
+)
+
+
+def _matching(pattern: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
+            raise ValueError
+        return value
+
+    return parse
+
+
+BACKEND = Kind("the name of a NIXL backend: 1 to 64 letters, digits or _", _matching(r"\w{1,64}"))
+ADDRESS = Kind("an address or a host's name", _matching(r"[\w.:%-]{1,255}"))
