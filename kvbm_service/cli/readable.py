@@ -29,6 +29,9 @@ def _integers(item: str) -> Callable[[bytes], list[object]]:
 _COLUMNS: dict[str, Callable[[bytes], list[object]]] = {
     "hashes": _hexes,
     "slots": _integers("I"),
+    "host": _integers("I"),
+    "disk": _integers("I"),
+    "failed": _integers("I"),
     "fills": _integers("Q"),
 }
 

@@ -21,6 +21,7 @@ from kvbm_schemas.requests import (
     Resync,
     SnapshotChunk,
 )
+from kvbm_schemas.step import Fetch, Moved
 
 M = TypeVar("M")
 
@@ -36,6 +37,8 @@ AnyMessage = (
     | Release
     | Resync
     | SnapshotChunk
+    | Fetch
+    | Moved
     | DirectoryRecord
 )
 """Everything that can be seen on the bus or in the directory."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from kvbm_schemas.block import Tier
 from kvbm_schemas.codec import Wire, encode
 from kvbm_schemas.events import Beat, Cleared, Loaded, Removed, Source, Stored
@@ -30,13 +32,18 @@ from kvbm_schemas.requests import (
     SnapshotChunk,
 )
 from kvbm_schemas.step import (
+    Fetch,
     Load,
     LoadResult,
     LocalRead,
+    Moved,
+    RemoteFetch,
     RemoteRead,
     Save,
+    Spill,
     StepCommands,
     StepResults,
+    Survivors,
 )
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -50,16 +57,26 @@ LEASE = "0123456789abcdef"
 SLAB = SlabRecord(base=1 << 40, headers=1 << 39, slots=4, slot_bytes=4096, header_bytes=32)
 RANK = RankRecord(
     node="a", rank=1, world_size=2, agent="a/1/x", agent_metadata=b"\x00\xff", slab=SLAB,
-    device_blocks=64, instance="l1fe",
+    device_blocks=64, instance="l1fe", disk_slots=128,
 )  # fmt: skip
-SAVE = Save(op=3, hashes=TWO, blocks=SLOTS, slots=SLOTS)
+SAVE = Save(op=3, hashes=TWO, blocks=SLOTS, slots=SLOTS, tier=Tier.DISK)
+SPILL = Spill(op=6, hashes=TWO, fills=FILLS, host=SLOTS, disk=SLOTS)
+FETCH = Fetch(op=7, hashes=TWO, fills=FILLS, disk=SLOTS, host=SLOTS, instance="l1fe")
+REMOTE_FETCH = RemoteFetch(
+    op=8, node="b", agents=("b/0/x", "b/1/x"), seconds=2.5, hashes=TWO, fills=FILLS, slots=SLOTS,
+    host=SLOTS,
+)  # fmt: skip
+MOVED = Moved(op=3, failed=SLOTS, reason="disk full", seconds=0.5)
 LOCAL = LocalRead(hashes=TWO, fills=FILLS, slots=SLOTS, blocks=SLOTS)
 REMOTE = RemoteRead(
     node="b", agents=("b/0/x", "b/1/x"), seconds=2.5, hashes=TWO, fills=FILLS, slots=SLOTS,
     blocks=SLOTS,
 )  # fmt: skip
-LOAD = Load(op=4, request="r", local=LOCAL, remote=(REMOTE,))
-RESULT = LoadResult(op=4, request="r", failed_blocks=SLOTS, reason="timed out")
+LOAD = Load(op=4, request="r", local=LOCAL, remote=(REMOTE,), disk=LOCAL)
+RESULT = LoadResult(
+    op=4, request="r", failed_blocks=SLOTS, reason="timed out", host_seconds=0.125,
+    disk_seconds=0.25, remote_seconds=0.5,
+)  # fmt: skip
 
 EXAMPLES: dict[str, Message] = {
     "stored": Stored(epoch=1_700_000_000_000, seq=1, tier=Tier.HOST, hashes=TWO),
@@ -92,17 +109,35 @@ EXAMPLES: dict[str, Message] = {
     ),
     "noderecord, bare": NodeRecord(node="a", epoch=9, world_size=1, block_bytes=8192),
     "rankrecord": RANK,
+    "rankrecord, no disk": replace(RANK, disk_slots=0),
     "save": SAVE,
+    "save, to the host": replace(SAVE, tier=Tier.HOST),
+    "spill": SPILL,
+    "fetch": FETCH,
+    "fetch, with the step": replace(FETCH, instance=""),
+    "remotefetch": REMOTE_FETCH,
     "localread": LOCAL,
     "remoteread": REMOTE,
     "load": LOAD,
     "load, nothing": Load(op=4, request="r"),
-    "stepcommands": StepCommands(saves=(SAVE,), loads=(LOAD,), peers=(RANK,), gone=("c/0/x",)),
+    "load, no disk": replace(LOAD, disk=None),
+    "stepcommands": StepCommands(
+        saves=(SAVE,), loads=(LOAD,), peers=(RANK,), gone=("c/0/x",), spills=(SPILL,),
+        fetches=(FETCH,), remote_fetches=(REMOTE_FETCH,), forget=True,
+    ),
     "stepcommands, nothing": StepCommands(),
     "loadresult": RESULT,
     "loadresult, all well": LoadResult(op=4, request="r"),
-    "stepresults": StepResults(rank=1, saved=(3,), save_failed=(5,), loads=(RESULT,)),
+    "loadresult, not timed": LoadResult(
+        op=4, request="r", failed_blocks=SLOTS, reason="timed out"
+    ),
+    "moved": MOVED,
+    "moved, all well": Moved(op=3),
+    "stepresults": StepResults(
+        rank=1, moved=(MOVED,), loads=(RESULT,), disk_lost="read-only file system"
+    ),
     "stepresults, nothing": StepResults(rank=0),
+    "survivors": Survivors(tier=Tier.DISK, hashes=TWO, fills=FILLS, slots=SLOTS),
 }  # fmt: skip
 """By the message's type, and what is special about it."""
 

@@ -1,8 +1,8 @@
 """Whatever arrives on whatever subject: what is not the message expected there changes nothing,
 and is counted.
 
-A real leader and a real registry on a real NATS server; the rubbish is published like anyone
-on the bus could.
+A real leader, one of its ranks and a real registry on a real NATS server; the rubbish is published
+like anyone on the bus could.
 """
 
 from __future__ import annotations
@@ -16,27 +16,44 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvbm_schemas.block import BlockHash, Tier
-from kvbm_schemas.codec import Wire, encode
+from kvbm_schemas.codec import Decoder, Wire, encode
 from kvbm_schemas.events import Beat, Stored
 from kvbm_schemas.message import MAX_MESSAGE_BYTES, Message
 from kvbm_schemas.records import RankRecord, SlabRecord
 from kvbm_schemas.requests import Acquire, Locate, Lookup, Refused, Release, Resync
-from kvbm_schemas.step import StepResults
-from kvbm_schemas.subjects import REGISTRY_NODE, Scope
+from kvbm_schemas.step import Fetch, Moved, StepResults
+from kvbm_schemas.subjects import REGISTRY_NODE, Scope, rank_what
 from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
 from kvbm_service.adapters.nats_server import EmbeddedNats
+from kvbm_service.errors import NoAnswer
 from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import over_nats
 from kvbm_service.registry_service import RegistryService
 from kvbm_service.settings import Settings
+from kvbm_service.worker_bus import WorkerBus
 
 SCOPE = Scope("wire", "0123456789abcdef")
 NODE = "node-1"
 CHAIN = [BlockHash(bytes([number]) * 16) for number in range(1, 9)]
 DEADLINE_SECONDS = 30.0
+ANSWER_SECONDS = 0.2
+RANK = RankRecord(
+    node=NODE,
+    rank=0,
+    world_size=1,
+    agent="agent",
+    agent_metadata=b"",
+    slab=SlabRecord(base=0, headers=0, slots=64, slot_bytes=64, header_bytes=32),
+    device_blocks=64,
+    instance="this life",
+)
+FETCH = Fetch(
+    op=7, hashes=CHAIN[0], fills=bytes(8), disk=bytes(4), host=bytes(4), instance=RANK.instance
+)
 
 VALID: dict[str, list[Message]] = {
     "events": [
@@ -46,6 +63,7 @@ VALID: dict[str, list[Message]] = {
     "lease": [Acquire(hashes=CHAIN[0])],
     "release": [Release(lease="0" * 32)],
     "snapshot": [Resync()],
+    rank_what(0): [FETCH],
     "lookup": [Lookup(hashes=CHAIN[0])],
     "locate": [Locate(hashes=CHAIN[0])],
 }
@@ -62,9 +80,21 @@ class World:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.leader = _leader(url)
+        self.fetched: list[Fetch] = []
+        """What the rank was made to carry out."""
+        self.rank = WorkerBus(RANK, SCOPE, over_nats(Settings(nats_url=url), "rank"), self._fetch)
         self.bus, self.registry = self._do(self._open(url))
-        self._serving = asyncio.run_coroutine_threadsafe(self.registry.run(), self._loop)
+        self._serving = [
+            asyncio.run_coroutine_threadsafe(main, self._loop)
+            for main in (self.registry.run(), self.rank.run())
+        ]
         until(lambda: self.registry.status().copies == len(CHAIN))
+        until(lambda: self.ask_rank(FETCH) is not None)
+        self.fetched.clear()
+
+    def _fetch(self, fetch: Fetch, tell: Callable[[Moved], None]) -> None:
+        self.fetched.append(fetch)
+        tell(Moved(op=fetch.op))
 
     async def _open(self, url: str) -> tuple[NatsBus, RegistryService]:
         bus = await NatsBus.connect(url)
@@ -77,9 +107,19 @@ class World:
         """Throw something at whoever listens on `subject`."""
         self._do(self.bus.publish(subject, payload, reply="nobody.waits.for.this"))
 
+    def ask_rank(self, fetch: Fetch) -> Moved | None:
+        """What the rank answers; None if nothing."""
+        subject = SCOPE.of(NODE, rank_what(0))
+        try:
+            reply = self._do(self.bus.request(subject, encode(fetch), ANSWER_SECONDS))
+        except NoAnswer:
+            return None
+        return Decoder(Moved).decode(reply)
+
     def rejected(self) -> int:
         """How much rubbish was counted so far."""
-        return self.leader.rejected + self.registry.status().counts.malformed
+        malformed = self.registry.status().counts.malformed
+        return self.leader.rejected + malformed + self.rank.rejected
 
     def state(self) -> object:
         """What must not change."""
@@ -89,11 +129,12 @@ class World:
             status.nodes,
             status.blocks,
             status.copies,
-        )
+        ), len(self.fetched)
 
     def close(self) -> None:
         """End both."""
-        self._serving.cancel()
+        for serving in self._serving:
+            serving.cancel()
         self.leader.close()
         self._do(self.bus.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -112,22 +153,13 @@ def until(is_so: Callable[[], bool]) -> None:
 def _leader(url: str) -> LeaderService:
     """A leader whose one rank has saved CHAIN."""
     chosen = Settings(nats_url=url)
-    leader = LeaderService(chosen, SCOPE, NODE, 1, over_nats(chosen, "wire test"))
-    slab = SlabRecord(base=0, headers=0, slots=64, slot_bytes=64, header_bytes=32)
-    leader.attach(
-        RankRecord(
-            node=NODE,
-            rank=0,
-            world_size=1,
-            agent="agent",
-            agent_metadata=b"",
-            slab=slab,
-            device_blocks=64,
-        )
+    leader = LeaderService(
+        chosen, SCOPE, NODE, 1, over_nats(chosen, "wire test"), instance=RANK.instance
     )
-    leader.store(CHAIN, list(range(len(CHAIN))))
+    leader.attach(RANK)
+    leader.store("request", 0, CHAIN, list(range(len(CHAIN))))
     saves = leader.take_commands().saves
-    leader.report([StepResults(rank=0, saved=tuple(save.op for save in saves))])
+    leader.report([StepResults(rank=0, moved=tuple(Moved(op=save.op) for save in saves))])
     leader.start()
     return leader
 
@@ -214,4 +246,18 @@ def test_a_release_of_a_lease_that_was_never_given_changes_nothing(world: World)
     counted = world.rejected()
     world.publish(SCOPE.of(NODE, "release"), b"rubbish")  # arrives after it
     until(lambda: world.rejected() == counted + 1)
+    assert world.state() == before
+
+
+def test_a_fetch_is_carried_out_and_answered(world: World) -> None:
+    world.fetched.clear()
+    assert world.ask_rank(FETCH) == Moved(op=FETCH.op)
+    assert world.fetched == [FETCH]
+    world.fetched.clear()
+
+
+@pytest.mark.parametrize("instance", ["", "another life"])
+def test_a_fetch_for_another_life_of_the_node_is_left_alone(world: World, instance: str) -> None:
+    before = world.state()
+    assert world.ask_rank(replace(FETCH, instance=instance)) is None
     assert world.state() == before
