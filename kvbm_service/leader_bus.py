@@ -13,7 +13,7 @@ import logging
 import secrets
 from typing import TYPE_CHECKING, TypeVar
 
-from kvbm_schemas.block import Tier, pack
+from kvbm_schemas.block import BlockHash, Tier, pack
 from kvbm_schemas.codec import Decoder, Malformed, encode
 from kvbm_schemas.message import MAX_BATCH_BLOCKS, Message
 from kvbm_schemas.records import NodeRecord, RankRecord
@@ -28,10 +28,20 @@ from kvbm_schemas.requests import (
     Resync,
     SnapshotChunk,
 )
-from kvbm_schemas.subjects import REGISTRY_NODE
+from kvbm_schemas.step import Moved
+from kvbm_schemas.subjects import REGISTRY_NODE, rank_what
 from kvbm_service.adapters.bus import Bus, Delivery
 from kvbm_service.adapters.directory import Change, Membership, OnChange, Watch
-from kvbm_service.core.effects import Announce, AskOwner, AskRegistry, Effect, GiveBack, Publish
+from kvbm_service.core.effects import (
+    Announce,
+    Answer,
+    AskOwner,
+    AskRegistry,
+    Effect,
+    GiveBack,
+    Publish,
+    TellRanks,
+)
 from kvbm_service.core.leader import Leader
 from kvbm_service.errors import BusError, BusUnavailable, DirectoryError, LayoutError, RanksMissing
 from kvbm_service.network import Connect, Network
@@ -54,6 +64,8 @@ MAX_QUESTIONS = 256
 
 SNAPSHOT_CHUNK_BLOCKS = MAX_BATCH_BLOCKS // 2
 
+_Outgoing = Publish | Announce | GiveBack | Answer
+
 T = TypeVar("T")
 
 
@@ -67,7 +79,9 @@ class LeaderBus:
         self._membership: Membership | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._woken = asyncio.Event()
-        self._outgoing: asyncio.Queue[Publish | Announce | GiveBack] = asyncio.Queue(MAX_OUTGOING)
+        self._outgoing: asyncio.Queue[_Outgoing] = asyncio.Queue(MAX_OUTGOING)
+        self._waiting: dict[str, str] = {}
+        """Lease requests that wait for our disk: where the answer goes, by token."""
         self._questions = 0
         self._warned: set[str] = set()
 
@@ -94,9 +108,11 @@ class LeaderBus:
     def carry_out(self, effects: list[Effect]) -> None:
         """Do what the core wants done. What cannot be done now counts as lost."""
         for effect in effects:
-            if isinstance(effect, Publish | Announce | GiveBack):
+            if isinstance(effect, Publish | Announce | GiveBack | Answer):
                 if not self._outgoing.full():
                     self._outgoing.put_nowait(effect)
+                elif isinstance(effect, Answer):
+                    self._waiting.pop(effect.lease, None)
             elif self._tasks is None or self._questions >= MAX_QUESTIONS:
                 self._tell_unanswered(effect)
             else:
@@ -112,6 +128,8 @@ class LeaderBus:
                 await self._tell_all("events", effect.event)
             elif isinstance(effect, Announce):
                 await self._tell_all("loads", effect.loaded)
+            elif isinstance(effect, Answer):
+                await self._answer(effect)
             else:
                 subject = self._leader.scope.of(effect.node, "release")
                 await self._publish(subject, Release(lease=effect.lease))
@@ -121,15 +139,22 @@ class LeaderBus:
         if self._is_member:
             await self._publish(self._subject(what), message)
 
+    async def _answer(self, effect: Answer) -> None:
+        reply = self._waiting.pop(effect.lease, None)
+        if reply is not None:
+            await self._publish(reply, effect.answer)
+
     async def _publish(self, subject: str, message: Message) -> None:
         # Events carry numbers, so whoever listens will notice; and leases end by themselves.
         with contextlib.suppress(BusUnavailable):
             await self._bus.publish(subject, self._encode(message))
 
-    async def _ask(self, question: AskRegistry | AskOwner) -> None:
+    async def _ask(self, question: AskRegistry | AskOwner | TellRanks) -> None:
         try:
             if isinstance(question, AskRegistry):
                 await self._ask_registry(question)
+            elif isinstance(question, TellRanks):
+                await self._tell_ranks(question)
             else:
                 await self._ask_owner(question)
         finally:
@@ -138,7 +163,10 @@ class LeaderBus:
     async def _ask_registry(self, question: AskRegistry) -> None:
         message = Lookup(hashes=question.hashes, asker=self._leader.node)
         subject = self._leader.scope.of(REGISTRY_NODE, "lookup")
-        answer = await self._request(subject, message, _located)
+        patience = self._leader.settings.lookup_deadline_seconds
+        asked_at = self._leader.now()
+        answer = await self._request(subject, message, _located, patience)
+        self._leader.metrics.lookup(self._leader.now() - asked_at, answer is not None)
         self._leader.on_core(
             lambda core: core.located(
                 question.request, question.attempt, answer, self._leader.now()
@@ -149,7 +177,8 @@ class LeaderBus:
     async def _ask_owner(self, question: AskOwner) -> None:
         asked_at = self._leader.now()
         subject = self._leader.scope.of(question.node, "lease")
-        answer = await self._request(subject, Acquire(hashes=question.hashes), _lease_answers)
+        message = Acquire(hashes=question.hashes)
+        answer = await self._request(subject, message, _lease_answers, question.seconds)
         self._leader.on_core(
             lambda core: core.answered(
                 question.request,
@@ -163,9 +192,29 @@ class LeaderBus:
             None,
         )
 
-    def _tell_unanswered(self, question: AskRegistry | AskOwner) -> None:
+    async def _tell_ranks(self, order: TellRanks) -> None:
+        """Have all own ranks do something while the engine may be idle."""
+        async with asyncio.TaskGroup() as ranks:
+            said = [
+                ranks.create_task(self._tell_rank(rank, order))
+                for rank in range(self._leader.world_size)
+            ]
+        if not all(task.result() for task in said):
+            self._leader.on_core(lambda core: core.unheard(order.fetch), None)
+
+    async def _tell_rank(self, rank: int, order: TellRanks) -> bool:
+        subject = self._subject(rank_what(rank))
+        moved = await self._request(subject, order.fetch, _moved, order.seconds)
+        if moved is None or moved.op != order.fetch.op:
+            return False
+        self._leader.on_core(lambda core: core.moved(moved, rank, self._leader.now()), None)
+        return True
+
+    def _tell_unanswered(self, question: AskRegistry | AskOwner | TellRanks) -> None:
         now = self._leader.now()
-        if isinstance(question, AskRegistry):
+        if isinstance(question, TellRanks):
+            self._leader.on_core(lambda core: core.unheard(question.fetch), None)
+        elif isinstance(question, AskRegistry):
             self._leader.on_core(
                 lambda core: core.located(question.request, question.attempt, None, now), None
             )
@@ -179,15 +228,16 @@ class LeaderBus:
                 None,
             )  # fmt: skip
 
-    async def _request(self, subject: str, message: Message, answers: Decoder[T]) -> T | None:
+    async def _request(
+        self, subject: str, message: Message, answers: Decoder[T], seconds: float
+    ) -> T | None:
         """Ask; None if no usable answer comes before nobody waits for one any more.
 
         The core gives up at its own deadline. An answer that comes a little later still
         matters here: a lease that nobody waits for has to be given back.
         """
-        patience = self._leader.settings.lookup_deadline_seconds + 1.0
         try:
-            reply = await self._bus.request(subject, self._encode(message), patience)
+            reply = await self._bus.request(subject, self._encode(message), seconds + 1.0)
             return answers.decode(reply)
         except Malformed as error:
             self._reject(subject, error)
@@ -210,11 +260,13 @@ class LeaderBus:
         if request is None or not delivery.reply or not self._is_member:
             return
         token = secrets.token_hex(16)
-        not_ready: Leased | Refused = Refused(reason="not ready")
+        not_ready: LeaseAnswer | None = Refused(reason="not ready")
+        self._waiting[token] = delivery.reply
         answer = self._leader.on_core(
             lambda core: core.acquire(request.hashes, token, self._leader.now()), not_ready
         )
-        await self._publish(delivery.reply, answer)
+        if answer is not None:
+            await self._answer(Answer(token, answer))
 
     async def _on_release(self, delivery: Delivery) -> None:
         request = self._decode(delivery, _releases)
@@ -227,17 +279,16 @@ class LeaderBus:
         snapshot = self._leader.on_core(lambda core: core.snapshot(), None)
         if snapshot is None:
             return
-        beat, blocks = snapshot
-        total = max(1, -(-len(blocks) // SNAPSHOT_CHUNK_BLOCKS))
-        for index in range(total):
-            part = blocks[index * SNAPSHOT_CHUNK_BLOCKS : (index + 1) * SNAPSHOT_CHUNK_BLOCKS]
+        beat, tiers = snapshot
+        parts = [part for tier, blocks in tiers for part in _chunks(tier, blocks)]
+        for index, (tier, blocks) in enumerate(parts):
             chunk = SnapshotChunk(
                 epoch=beat.epoch,
                 seq=beat.seq,
                 index=index,
-                total=total,
-                tier=Tier.HOST,
-                hashes=pack(part),
+                total=len(parts),
+                tier=tier,
+                hashes=pack(blocks),
             )
             await self._publish(delivery.reply, chunk)
 
@@ -380,6 +431,12 @@ async def _close_at_the_end(watch: Watch) -> None:
         await watch.close()
 
 
+def _chunks(tier: Tier, blocks: list[BlockHash]) -> list[tuple[Tier, list[BlockHash]]]:
+    """A tier's blocks in portions for one message each; an empty tier is one portion, too."""
+    starts = range(0, max(1, len(blocks)), SNAPSHOT_CHUNK_BLOCKS)
+    return [(tier, blocks[start : start + SNAPSHOT_CHUNK_BLOCKS]) for start in starts]
+
+
 def _go_offline(core: Leader) -> None:
     core.online = False
 
@@ -388,4 +445,5 @@ _acquires = Decoder(Acquire)
 _releases = Decoder(Release)
 _resyncs = Decoder(Resync)
 _located = Decoder(Located)
+_moved = Decoder(Moved)
 _lease_answers: Decoder[Leased | Refused] = Decoder(LeaseAnswer)  # type: ignore[arg-type]

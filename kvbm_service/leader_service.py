@@ -13,15 +13,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kvbm_schemas.block import BlockHash
+from kvbm_schemas.block import BlockHash, Tier
 from kvbm_schemas.codec import encode
 from kvbm_schemas.events import BlockEvent, Cleared, Removed, Stored
-from kvbm_schemas.records import NodeRecord, RankRecord
-from kvbm_schemas.step import StepCommands, StepResults
+from kvbm_schemas.records import NodeRecord, RankRecord, TierStatus
+from kvbm_schemas.step import StepCommands, StepResults, Survivors
 from kvbm_schemas.subjects import Scope
+from kvbm_service.adapters import metrics_server
+from kvbm_service.adapters.metrics import Metrics
 from kvbm_service.core.effects import Effect, Publish
 from kvbm_service.core.leader import Leader, Limits
+from kvbm_service.core.reads import NO_HITS, Hits
 from kvbm_service.core.roster import Roster
+from kvbm_service.core.spills import SpillLimits
 from kvbm_service.leader_bus import LeaderBus
 from kvbm_service.loop_thread import LoopThread
 from kvbm_service.network import Connect
@@ -48,6 +52,7 @@ class LeaderService:
         engine: str = "",
         instance: str = "",
         engine_wants_events: bool = False,
+        block_tokens: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.node = node
@@ -64,6 +69,10 @@ class LeaderService:
         """This life of the engine: a rank of an earlier one may still be in the directory."""
         self._engine_events: list[BlockEvent] = []
         self._keep_engine_events = engine_wants_events
+        self.metrics = Metrics(block_tokens, settings.cache_stats_max_requests)
+        self._metrics_server: metrics_server.MetricsServer | None = None
+        self._survivors: dict[int, tuple[Survivors, ...]] = {}
+        """What ranks brought along from an earlier life, until the core is there."""
         self._bus_side = LeaderBus(self, connect)
         self._loop = LoopThread("kvbm-leader", self._bus_side.run)
         self._started_at = clock()
@@ -71,24 +80,48 @@ class LeaderService:
     # -- life ------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to meet ranks and other nodes."""
+        """Begin to meet ranks and other nodes, and to serve metrics if that is wanted."""
+        if self._settings.metrics:
+            self._metrics_server = metrics_server.serve(
+                self.metrics, self._settings.metrics_host, self._settings.metrics_port
+            )
         self._loop.start()
 
     def close(self) -> None:
         """Leave the directory and end."""
         self._loop.stop()
+        if self._metrics_server is not None:
+            self._metrics_server.close()
 
-    def attach(self, record: RankRecord) -> None:
-        """A rank has reported. With the last one, the node begins to work.
+    def attach(self, record: RankRecord, survivors: Sequence[Survivors] = ()) -> None:
+        """A rank has reported, and what it has of an earlier life.
+
+        With the last one, the node begins to work.
 
         Raises:
             LayoutError: the rank belongs to an engine of another size.
         """
         with self._lock:
             self._roster.report(record)
+            if survivors:
+                self._survivors[record.rank] = tuple(survivors)
             if self._core is None and self._roster.complete:
                 self._core = self._make_core()
+            if self._core is not None and len(self._survivors) == self._roster.world_size:
+                self._adopt(self._core)
         self._loop.call(self._bus_side.wake)
+
+    def _adopt(self, core: Leader) -> None:
+        """Take over the tiers of an earlier life, as far as all ranks have them alike."""
+        ranks = [self._survivors[rank] for rank in sorted(self._survivors)]
+        self._survivors.clear()
+        for tiers in zip(*ranks, strict=False):
+            found = [len(survivors.slots) // 4 for survivors in tiers]
+            adopted = core.adopt(tiers)
+            _log.info(
+                "node %s: %d blocks of an earlier life are in %s (%s on the ranks)",
+                self.node, adopted, tiers[0].tier, ", ".join(map(str, found)),
+            )  # fmt: skip
 
     def is_own(self, record: RankRecord) -> bool:
         """Whether a rank that the directory lists under our name belongs to this life."""
@@ -107,18 +140,24 @@ class LeaderService:
     def _make_core(self) -> Leader:
         records = self._roster.records
         device_blocks = min(record.device_blocks for record in records)
-        limits = Limits(
-            lookup_seconds=self._settings.lookup_deadline_seconds,
-            lease_seconds=self._settings.lease_seconds,
-            transfer_seconds=self._settings.transfer_timeout_seconds,
-            held_blocks=max(1, device_blocks // 2),
-        )
-        core = Leader(records, limits)
+        core = Leader(records, _limits(self._settings, max(1, device_blocks // 2)), self._instance)
         _log.info(
-            "node %s: %d blocks of %d bytes in the host tier, %d rank(s), scope %s.%s",
-            self.node, core.pool.capacity, self._roster.block_bytes, len(records), *self.scope,
+            "node %s: %s of %d bytes, %d rank(s), scope %s.%s",
+            self.node,
+            ", ".join(f"{tier.capacity} blocks in {tier.tier}" for tier in core.status()),
+            self._roster.block_bytes, len(records), *self.scope,
         )  # fmt: skip
+        if core.tiers.disk is not None:
+            self.metrics.disk_works(True)
+        self.metrics.watch_tiers(self._tier_status, self._evicted)
         return core
+
+    def _tier_status(self) -> tuple[TierStatus, ...]:
+        return self._with_core(lambda core: core.status(), ())
+
+    def _evicted(self) -> dict[Tier, int]:
+        nothing: dict[Tier, int] = {}
+        return self._with_core(lambda core: dict(core.tiers.evicted), nothing)
 
     # -- engine side -------------------------------------------------------------------------
 
@@ -137,16 +176,18 @@ class LeaderService:
             lambda core: core.load(request, computed, device_blocks, self._clock()), None
         )
 
-    def hits(self, request: str) -> tuple[int, int]:
-        """Blocks of the request's last load: from this node's tiers, from other nodes."""
-        return self._with_core(lambda core: core.hits(request), (0, 0))
+    def hits(self, request: str) -> Hits:
+        """Where the blocks of the request's last load come from."""
+        return self._with_core(lambda core: core.hits(request), NO_HITS)
 
     def store(
-        self, chain: Sequence[BlockHash], device_blocks: Sequence[int]
+        self, request: str, depth: int, chain: Sequence[BlockHash], device_blocks: Sequence[int]
     ) -> tuple[int, list[int]]:
         """Save blocks that the coming step computes; see `Leader.store`."""
         nothing: tuple[int, list[int]] = (len(chain), [])
-        return self._with_core(lambda core: core.store(chain, device_blocks), nothing)
+        return self._with_core(
+            lambda core: core.store(chain, device_blocks, request=request, depth=depth), nothing
+        )
 
     def finish(self, request: str) -> None:
         """The request is over."""
@@ -154,7 +195,7 @@ class LeaderService:
 
     def take_commands(self) -> StepCommands:
         """What the ranks have to do around the coming forward pass."""
-        return self._with_core(lambda core: core.take_commands(), StepCommands())
+        return self._with_core(lambda core: core.take_commands(self._clock()), StepCommands())
 
     def report(self, results: Sequence[StepResults]) -> list[int]:
         """What ranks have finished. Returns the device blocks that may be reused now."""
@@ -162,6 +203,8 @@ class LeaderService:
         def tell(core: Leader) -> list[int]:
             for result in results:
                 core.report(result, self._clock())
+            if core.disk_lost:
+                self.metrics.disk_works(False)
             return core.take_freed_blocks()
 
         return self._with_core(tell, [])
@@ -192,6 +235,8 @@ class LeaderService:
             if self._core is None:
                 return without
             answer = ask(self._core)
+            for account in self._core.take_accounts():
+                self.metrics.account(account)
             if effects := self._core.take_effects():
                 self._keep_for_engine(effects)
                 self._loop.call(lambda: self._bus_side.carry_out(effects))
@@ -221,7 +266,7 @@ class LeaderService:
         """What the directory says about this node in its life `epoch`."""
         assert self._core is not None
         with self._lock:
-            tiers = (self._core.status(),)
+            tiers = self._core.status()
         return encode(
             NodeRecord(
                 node=self.node,
@@ -238,13 +283,37 @@ class LeaderService:
         """Take up `epoch`, whose events count from now."""
         with self._lock:
             assert self._core is not None
-            self._core.journal.begin(epoch, empty=len(self._core.pool) == 0)
+            self._core.journal.begin(epoch, empty=self._core.tiers.empty)
 
     def now(self) -> float:
         """The clock that the core's times are read from."""
         return self._clock()
 
     @property
+    def world_size(self) -> int:
+        """How many ranks this node has."""
+        return self._roster.world_size
+
+    @property
     def settings(self) -> Settings:
         """What the operator chose."""
         return self._settings
+
+
+def _limits(settings: Settings, held_blocks: int) -> Limits:
+    """What the operator chose, for the core."""
+    unfiltered = settings.disable_disk_offload_filter
+    return Limits(
+        lookup_seconds=settings.lookup_deadline_seconds,
+        lease_seconds=settings.lease_seconds,
+        transfer_seconds=settings.transfer_timeout_seconds,
+        held_blocks=held_blocks,
+        staging_seconds=settings.staging_deadline_seconds,
+        disk_only=settings.disk_only,
+        min_priority=settings.host_offload_prefix_min_priority,
+        spill=SpillLimits(settings.max_transfer_batch_size, settings.max_concurrent_transfers),
+        min_frequency=0 if unfiltered else settings.disk_offload_min_frequency,
+        decay_seconds=settings.disk_offload_decay_seconds,
+        filter_entries=settings.disk_offload_max_entries,
+        prefetch_share=settings.prefetch_share,
+    )

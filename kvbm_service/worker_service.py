@@ -1,47 +1,63 @@
-"""The worker at work: one rank's copies and reads, off the engine's threads.
+"""The worker at work: one rank's copies, reads and writes, off the engine's threads.
 
-Two lanes, each a thread: copies between the device and the own host tier, and reads from other
-nodes. A peer that hangs thereby delays nobody's local hit. Within a lane, loads go before
-saves: a request waits for a load, nobody waits for a save.
+Four lanes, each a thread: copies between the device and the host tier, reads from other nodes,
+reads from the disk, writes to it. A peer that hangs or a slow disk thereby delays nobody's local
+hit. Within a lane, loads go first: a request waits for a load, nobody waits for the rest.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from kvbm_schemas.codec import encode
+from kvbm_schemas.block import Tier
 from kvbm_schemas.records import RankRecord
 from kvbm_schemas.step import (
+    Fetch,
     Load,
     LoadResult,
     LocalRead,
+    Moved,
+    RemoteFetch,
     RemoteRead,
     Save,
+    Spill,
     StepCommands,
     StepResults,
+    Survivors,
 )
 from kvbm_schemas.subjects import Scope
-from kvbm_service.adapters.affinity import use_every_cpu
-from kvbm_service.adapters.mover import Blocks, Fence, Indices, Mask, Mover, RemoteSlab
+from kvbm_service.adapters.disk import Disk, DiskLost
+from kvbm_service.adapters.mover import Blocks, Fence, Hop, Indices, Mask, Mover, RemoteSlab
 from kvbm_service.errors import TransferError
+from kvbm_service.fetched import Fetched
+from kvbm_service.lanes import Job, Lane
 from kvbm_service.loop_thread import LoopThread
 from kvbm_service.network import Connect
-from kvbm_service.presence import join
+from kvbm_service.worker_bus import WorkerBus
 
 _log = logging.getLogger(__name__)
 
-PROGRESS_SECONDS = 0.002
-"""How often an idle rank lets others' connections to it make progress. Over TCP, UCX aborts a
-process that comes back to a queued read after its reader has died, so this is not to be long."""
+NO_DISK = "this rank has no disk tier"
+
+
+class RankId(NamedTuple):
+    """Which rank of which engine this is."""
+
+    scope: Scope
+    node: str
+    number: int
+    world_size: int
+    instance: str
+    """The engine's present life, as its leader names it."""
 
 
 @dataclass
@@ -52,157 +68,198 @@ class _LoadUnderWay:
     parts_left: int
     failed: list[int] = field(default_factory=list)
     reason: str = ""
-
-
-class _Job(NamedTuple):
-    """Something to do, and whom to tell why it could not be done."""
-
-    run: Callable[[], None]
-    failed: Callable[[str], None]
-    urgent: bool = True
-
-
-class _Lane:
-    """One thread that works off jobs, urgent ones first. Whatever a job raises, it is told of."""
-
-    def __init__(self, name: str, idle: Callable[[], None] | None = None) -> None:
-        self._urgent: deque[_Job] = deque()
-        self._other: deque[_Job] = deque()
-        self._idle = idle
-        self._woken = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def add(self, job: _Job) -> None:
-        """Do `job` soon."""
-        with self._woken:
-            (self._urgent if job.urgent else self._other).append(job)
-            self._woken.notify()
-
-    def close(self) -> None:
-        """Finish what was begun, forget the rest, end."""
-        with self._woken:
-            self._closed = True
-            self._woken.notify()
-        self._thread.join()
-
-    def _run(self) -> None:
-        use_every_cpu()
-        while (job := self._next()) is not None:
-            try:
-                job.run()
-            except TransferError as error:
-                job.failed(str(error))
-            except Exception as error:  # noqa: BLE001
-                # Tasks are supervised here: a bug of ours costs a recompute, never a hang.
-                _log.exception("a job failed")
-                job.failed(f"internal error: {error}")
-
-    def _next(self) -> _Job | None:
-        """The next job, or None when the lane is closed."""
-        while True:
-            with self._woken:
-                if not (self._urgent or self._other or self._closed):
-                    self._woken.wait(PROGRESS_SECONDS if self._idle else None)
-                if self._closed:
-                    return None
-                jobs = self._urgent or self._other
-                if jobs:
-                    return jobs.popleft()
-            if self._idle is not None:
-                self._idle()
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class WorkerService:
-    """One rank's worker. `submit` and `collect` are for the engine's thread, and never wait."""
+    """One rank's worker. `submit` and `collect` are for the engine's thread, and never wait.
+
+    `survivors` is what the tiers held when they were opened; `forget` is called when no later
+    life may find what they hold.
+    """
 
     def __init__(
         self,
         record: RankRecord,
         mover: Mover,
+        disk: Disk | None = None,
+        survivors: Sequence[Survivors] = (),
+        forget: Callable[[], None] = lambda: None,
         scope: Scope | None = None,
         connect: Connect | None = None,
+        close: Callable[[], None] = lambda: None,
     ) -> None:
         self.record = record
+        self.survivors = tuple(survivors)
         self._mover = mover
+        self._disk = disk
+        self._forget = forget
+        self._close = close
         self._lock = threading.Lock()
-        self._saved: list[int] = []
-        self._not_saved: list[int] = []
+        self._moved: list[Moved] = []
         self._loads: list[LoadResult] = []
-        self._copies = _Lane("kvbm-copies")
-        self._reads = _Lane("kvbm-reads", idle=mover.progress)
+        self._disk_lost = ""
+        self._fetched = Fetched()
+        self._copies = Lane("kvbm-copies")
+        self._reads = Lane("kvbm-reads", idle=mover.progress)
+        self._disk_reads = Lane("kvbm-disk-reads") if disk is not None else None
+        self._disk_writes = Lane("kvbm-disk-writes") if disk is not None else None
         self._presence: LoopThread | None = None
         if scope is not None and connect is not None:
-            self._presence = LoopThread("kvbm-worker", lambda: self._be_present(scope, connect))
+            bus = WorkerBus(record, scope, connect, self.fetch_now)
+            self._presence = LoopThread("kvbm-worker", bus.run)
             self._presence.start()
 
     # -- the engine's thread ---------------------------------------------------------------
 
     def submit(self, commands: StepCommands) -> None:
         """Take over what the leader wants done, after the device work that is queued now."""
+        if commands.forget:
+            self._forget()
         for agent in commands.gone:
-            self._reads.add(_Job(partial(self._mover.forget, agent), _log.warning))
+            self._reads.add(Job(partial(self._mover.forget, agent), _warn))
         for peer in commands.peers:
             if peer.rank == self.record.rank:
-                self._reads.add(_Job(partial(self._meet, peer), _log.warning))
+                self._reads.add(Job(partial(self._meet, peer), _warn))
+        self._begin_between_tiers(commands)
         if not (commands.loads or commands.saves):
             return
         fence = self._mover.mark()
-        for command in commands.loads:
-            self._begin_load(command, fence)
+        for load in commands.loads:
+            self._begin_load(load, fence)
         for save in commands.saves:
-            run = partial(self._save, save, fence)
-            self._copies.add(_Job(run, partial(self._save_failed, save), urgent=False))
+            self._begin_save(save, fence)
 
     def collect(self) -> StepResults | None:
         """What has been finished since the last call, if anything."""
         with self._lock:
-            if not (self._saved or self._not_saved or self._loads):
+            if not (self._moved or self._loads):
                 return None
             results = StepResults(
                 rank=self.record.rank,
-                saved=tuple(self._saved),
-                save_failed=tuple(self._not_saved),
+                moved=tuple(self._moved),
                 loads=tuple(self._loads),
+                disk_lost=self._disk_lost,
             )
-            self._saved, self._not_saved, self._loads = [], [], []
+            self._moved, self._loads = [], []
         return results
 
     def close(self) -> None:
-        """Leave the directory, end both lanes, let go of the memory."""
+        """Leave the directory, end the lanes, let go of memory and files."""
         if self._presence is not None:
             self._presence.stop()
-        self._reads.close()
-        self._copies.close()
+        for lane in (self._reads, self._copies, self._disk_reads, self._disk_writes):
+            if lane is not None:
+                lane.close()
+        if self._disk is not None:
+            self._disk.close()
         self._mover.close()
+        self._close()
 
-    # -- the lanes -------------------------------------------------------------------------
+    # -- moves into slots ------------------------------------------------------------------
 
-    def _save(self, save: Save, fence: Fence) -> None:
-        fence()
-        self._mover.save(_columns(save.hashes, None, save.slots, save.blocks, save.op))
+    def fetch_now(self, fetch: Fetch, tell: Callable[[Moved], None]) -> None:
+        """Carry out a fetch that came by the bus. Called on the bus's thread.
+
+        `tell` is called once it is done, on some thread; not if it is under way already, or
+        too old to be known.
+        """
+        self._fetch(fetch, tell)
+
+    def _begin_save(self, save: Save, fence: Fence) -> None:
+        blocks = _columns(save.hashes, None, save.slots, save.blocks, save.op)
+
+        def run() -> Mask:
+            fence()
+            if save.tier is Tier.DISK:
+                return self._with_disk(lambda disk: disk.save(blocks))
+            self._mover.save(blocks)
+            return np.ones(len(blocks.slots), np.bool_)
+
+        lane = self._disk_writes if save.tier is Tier.DISK else self._copies
+        self._move(lane, save.op, len(blocks.slots), run, self._tell_leader)
+
+    def _begin_between_tiers(self, commands: StepCommands) -> None:
+        for spill in commands.spills:
+            self._begin_spill(spill)
+        for fetch in commands.fetches:
+            self._fetch(fetch, self._tell_leader)
+        for remote in commands.remote_fetches:
+            self._begin_remote_fetch(remote)
+
+    def _begin_spill(self, spill: Spill) -> None:
+        hop = _hop(spill.hashes, spill.fills, spill.host, spill.disk, spill.op)
+        run = partial(self._with_disk, lambda disk: disk.spill(hop))
+        self._move(self._disk_writes, spill.op, len(hop.source), run, self._tell_leader)
+
+    def _fetch(self, fetch: Fetch, tell: Callable[[Moved], None]) -> None:
+        """Each op is carried out once, by whatever way and how often it comes."""
+        if self._fetched.begin(fetch.op, tell):
+            hop = _hop(fetch.hashes, fetch.fills, fetch.disk, fetch.host, fetch.op)
+            run = partial(self._with_disk, lambda disk: disk.fetch(hop))
+            self._move(self._disk_reads, fetch.op, len(hop.source), run, self._fetched.end)
+
+    def _begin_remote_fetch(self, fetch: RemoteFetch) -> None:
+        hop = _hop(fetch.hashes, fetch.fills, fetch.slots, fetch.host, fetch.op)
+        agent = fetch.agents[self.record.rank]
+        run = partial(self._mover.fetch, agent, hop, fetch.seconds)
+        self._move(self._reads, fetch.op, len(hop.source), run, self._tell_leader)
+
+    def _move(
+        self,
+        lane: Lane | None,
+        op: int,
+        count: int,
+        run: Callable[[], Mask],
+        tell: Callable[[Moved], None],
+    ) -> None:
+        """Have `run` bring `count` blocks into their slots, and tell how it went."""
+
+        def job() -> None:
+            began = time.monotonic()
+            (failed,) = np.nonzero(~run())
+            seconds = time.monotonic() - began
+            reason = "a block was not what its name says" if len(failed) else ""
+            tell(Moved(op=op, failed=_packed(failed), reason=reason, seconds=seconds))
+
+        def not_done(error: TransferError) -> None:
+            self._note(error)
+            _log.error("%d block(s) did not get into their tier: %s", count, error)
+            tell(Moved(op=op, failed=_packed(np.arange(count)), reason=str(error)[:256]))
+
+        if lane is None:
+            not_done(TransferError(NO_DISK))
+        else:
+            lane.add(Job(job, not_done, urgent=False))
+
+    def _tell_leader(self, moved: Moved) -> None:
         with self._lock:
-            self._saved.append(save.op)
+            self._moved.append(moved)
 
-    def _save_failed(self, save: Save, reason: str) -> None:
-        _log.error("a save failed: %s", reason)
-        with self._lock:
-            self._not_saved.append(save.op)
+    # -- loads into the device -------------------------------------------------------------
 
     def _begin_load(self, command: Load, fence: Fence) -> None:
-        load = _LoadUnderWay(command, parts_left=len(command.remote) + (command.local is not None))
+        parts = (command.local is not None) + (command.disk is not None) + len(command.remote)
+        load = _LoadUnderWay(command, parts_left=parts)
         if command.local is not None:
-            self._add_read(self._copies, load, command.local, self._mover.load, fence)
+            self._add_read(self._copies, load, "host", command.local, self._mover.load, fence)
+        if command.disk is not None:
+            self._add_read(
+                self._disk_reads, load, "disk", command.disk, self._load_from_disk, fence
+            )
         for part in command.remote:
             agent = part.agents[self.record.rank]
             pull = partial(self._mover.pull, agent, timeout_seconds=part.seconds)
-            self._add_read(self._reads, load, part, pull, fence)
+            self._add_read(self._reads, load, "remote", part, pull, fence)
+
+    def _load_from_disk(self, blocks: Blocks) -> Mask:
+        return self._with_disk(lambda disk: disk.load(blocks))
 
     def _add_read(
         self,
-        lane: _Lane,
+        lane: Lane | None,
         load: _LoadUnderWay,
+        source: str,
         part: LocalRead | RemoteRead,
         read: Callable[[Blocks], Mask],
         fence: Fence,
@@ -211,10 +268,20 @@ class WorkerService:
 
         def run() -> None:
             fence()
+            began = time.monotonic()
             arrived = read(blocks)
+            seconds = time.monotonic() - began
+            load.seconds[source] = load.seconds.get(source, 0.0) + seconds
             self._part_done(load, blocks.device[~arrived], "a slot held something else")
 
-        lane.add(_Job(run, partial(self._part_done, load, blocks.device)))
+        def failed(error: TransferError) -> None:
+            self._note(error)
+            self._part_done(load, blocks.device, str(error))
+
+        if lane is None:
+            failed(TransferError(NO_DISK))
+        else:
+            lane.add(Job(run, failed))
 
     def _part_done(self, load: _LoadUnderWay, failed: Indices, reason: str) -> None:
         with self._lock:
@@ -228,8 +295,11 @@ class WorkerService:
                 LoadResult(
                     op=load.command.op,
                     request=load.command.request,
-                    failed_blocks=np.array(load.failed, dtype="<u4").tobytes(),
+                    failed_blocks=_packed(np.array(load.failed)),
                     reason=load.reason[:256],
+                    host_seconds=load.seconds.get("host", 0.0),
+                    disk_seconds=load.seconds.get("disk", 0.0),
+                    remote_seconds=load.seconds.get("remote", 0.0),
                 )
             )
         if load.failed:
@@ -237,6 +307,19 @@ class WorkerService:
                 "%s: %d block(s) did not arrive and will be recomputed: %s",
                 load.command.request, len(load.failed), load.reason,
             )  # fmt: skip
+
+    # -- small things ------------------------------------------------------------------------
+
+    def _with_disk(self, use: Callable[[Disk], Mask]) -> Mask:
+        if self._disk is None:
+            raise TransferError(NO_DISK)
+        return use(self._disk)
+
+    def _note(self, error: TransferError) -> None:
+        """A disk that has failed for good is given up, which is said once."""
+        if isinstance(error, DiskLost) and not self._disk_lost:
+            _log.error("the disk tier is given up, serving goes on without it: %s", error)
+            self._disk_lost = str(error)[:256] or "lost"
 
     def _meet(self, peer: RankRecord) -> None:
         slab = peer.slab
@@ -252,20 +335,23 @@ class WorkerService:
             )
         )
 
-    # -- the directory -----------------------------------------------------------------------
 
-    async def _be_present(self, scope: Scope, connect: Connect) -> None:
-        """Keep this rank's record in the directory, whenever that can be reached."""
-        network = await connect()
-        key = ".".join([*scope, self.record.node, str(self.record.rank)])
-        try:
-            membership, _ = await join(network, key, lambda _: encode(self.record))
-            try:
-                await asyncio.Event().wait()
-            finally:
-                await membership.leave()
-        finally:
-            await network.bus.close()
+def _warn(error: TransferError) -> None:
+    _log.warning("%s", error)
+
+
+def _packed(numbers: npt.NDArray[Any]) -> bytes:
+    return numbers.astype("<u4").tobytes()
+
+
+def _hop(hashes: bytes, fills: bytes, source: bytes, target: bytes, fill: int) -> Hop:
+    return Hop(
+        hashes=np.frombuffer(hashes, dtype=np.uint64).reshape(-1, 2),
+        fills=np.frombuffer(fills, dtype="<u8"),
+        source=np.frombuffer(source, dtype="<u4"),
+        target=np.frombuffer(target, dtype="<u4"),
+        fill=fill,
+    )
 
 
 def _columns(

@@ -31,6 +31,7 @@ from kvbm_connectors.vllm_worker import WorkerSide
 from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import over_nats
 from kvbm_service.settings import Settings
+from kvbm_service.worker_service import RankId
 
 if TYPE_CHECKING:
     import torch
@@ -81,21 +82,18 @@ class KvbmConnector(KVConnectorBase_V1):
                 engine="vllm",
                 instance=vllm_layout.instance(vllm_config),
                 engine_wants_events=wants_events,
+                block_tokens=block_size,
             )
             leader.start()
             events = EngineEvents(leader, wants_events, block_size)
             self._scheduler_side = SchedulerSide(leader, block_size, events)
         else:
-            rank = vllm_config.parallel_config.rank
+            number = vllm_config.parallel_config.rank
             self._worker_side = WorkerSide(
                 settings,
-                scope,
-                node,
-                rank,
-                world_size,
+                RankId(scope, node, number, world_size, vllm_layout.instance(vllm_config)),
                 kv_cache_config.num_blocks,
-                over_nats(settings, f"kvbm worker {node} rank {rank}"),
-                vllm_layout.instance(vllm_config),
+                over_nats(settings, f"kvbm worker {node} rank {number}"),
             )
 
     @property
@@ -188,10 +186,14 @@ class KvbmConnector(KVConnectorBase_V1):
         """Which tier the loaded tokens come from."""
         from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-        local, remote = self._scheduler.hit_tokens(request)
-        if local + remote != num_external_tokens:
+        hits = self._scheduler.hit_tokens(request)
+        if sum(hits) != num_external_tokens:
             return {CacheHitSource.EXTERNAL_UNSPECIFIED: num_external_tokens}
-        sources = {CacheHitSource.HOST: local, CacheHitSource.P2P: remote}
+        sources = {
+            CacheHitSource.HOST: hits.host,
+            CacheHitSource.DISK: hits.disk,
+            CacheHitSource.P2P: hits.remote,
+        }
         return {source: tokens for source, tokens in sources.items() if tokens}
 
     # -- worker side -------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvbm_schemas.records import RankRecord
-from kvbm_schemas.step import StepCommands, StepResults
+from kvbm_schemas.step import StepCommands, StepResults, Survivors
 
 
 @dataclass
@@ -19,6 +19,8 @@ class KvbmHandshake(KVConnectorHandshakeMetadata):
     """Worker → scheduler, once: the rank has its host slab."""
 
     record: RankRecord
+    survivors: tuple[Survivors, ...] = ()
+    """What it found there of an earlier life of the engine."""
 
 
 @dataclass

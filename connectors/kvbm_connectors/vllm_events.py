@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvbm_connectors.vllm_layout import name_of
-from kvbm_schemas.block import BlockHash, unpack
+from kvbm_schemas.block import BlockHash, Tier, unpack
 from kvbm_schemas.events import BlockEvent, Cleared, Removed, Stored
 from kvbm_service.leader_service import LeaderService
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_events import ExternalBlockHash, KVCacheEvent
     from vllm.v1.request import Request
 
-MEDIUM = "CPU"
-"""What vLLM calls the host tier."""
+MEDIA = {Tier.HOST: "CPU", Tier.DISK: "STORAGE"}
+"""What vLLM calls our tiers."""
 
 MAX_DESCRIBED = 1 << 20
 """Blocks whose description is remembered; beyond, the oldest are forgotten, and their events
@@ -40,6 +40,8 @@ class EngineEvents:
         self._enabled = enabled
         self._block_size = block_size
         self._described: dict[BlockHash, _Described] = {}
+        self._stored: dict[Tier, dict[BlockHash, _Described]] = {tier: {} for tier in MEDIA}
+        """What vLLM's subscribers have been told is where."""
         self._translated: list[KVCacheEvent] = []
 
     def offered(self, request: Request, first: int, last: int) -> None:
@@ -77,24 +79,35 @@ class EngineEvents:
                 self._translated.extend(self._translate(event))
 
     def _translate(self, event: BlockEvent) -> Iterator[KVCacheEvent]:
-        from vllm.distributed.kv_events import BlockRemoved, BlockStored
+        from vllm.distributed.kv_events import BlockStored
 
         if isinstance(event, Stored):
             for name in unpack(event.hashes):
                 if (block := self._described.get(name)) is not None:
+                    self._stored[event.tier][name] = block
                     yield BlockStored(
                         block_hashes=[block.block_hash],
                         parent_block_hash=block.parent,
                         token_ids=list(block.token_ids),
                         block_size=self._block_size,
                         lora_id=block.lora_id,
-                        medium=MEDIUM,
+                        medium=MEDIA[event.tier],
                         lora_name=block.lora_name,
                     )
-            return
-        gone = list(self._described) if isinstance(event, Cleared) else []
-        if isinstance(event, Removed):
-            gone = unpack(event.hashes)
-        known = [block for name in gone if (block := self._described.pop(name, None)) is not None]
+        elif isinstance(event, Removed):
+            yield from self._removed(event.tier, unpack(event.hashes))
+        else:
+            for tier, stored in self._stored.items():
+                yield from self._removed(tier, list(stored))
+
+    def _removed(self, tier: Tier, names: list[BlockHash]) -> Iterator[KVCacheEvent]:
+        from vllm.distributed.kv_events import BlockRemoved
+
+        stored = self._stored[tier]
+        known = [block for name in names if (block := stored.pop(name, None)) is not None]
+        for name in names:
+            if not any(name in others for others in self._stored.values()):
+                self._described.pop(name, None)
         if known:
-            yield BlockRemoved(block_hashes=[block.block_hash for block in known], medium=MEDIUM)
+            hashes = [block.block_hash for block in known]
+            yield BlockRemoved(block_hashes=hashes, medium=MEDIA[tier])

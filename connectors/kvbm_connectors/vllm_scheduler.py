@@ -16,6 +16,7 @@ from kvbm_connectors.vllm_channel import KvbmHandshake, KvbmMetadata, KvbmWorker
 from kvbm_connectors.vllm_events import EngineEvents
 from kvbm_connectors.vllm_layout import name_of
 from kvbm_schemas.block import BlockHash
+from kvbm_service.core.reads import Hits
 from kvbm_service.errors import LayoutError
 from kvbm_service.leader_service import LeaderService
 
@@ -73,7 +74,7 @@ class SchedulerSide:
     def meet_ranks(self, handshakes: Iterable[KvbmHandshake]) -> None:
         """All ranks of the engine have allocated their host tiers."""
         for handshake in handshakes:
-            self._leader.attach(handshake.record)
+            self._leader.attach(handshake.record, handshake.survivors)
 
     # -- read path -------------------------------------------------------------------------
 
@@ -118,10 +119,9 @@ class SchedulerSide:
         wanted = blocks.get_block_ids()[0][first : first + count] if count else []
         self._leader.load(request.request_id, first, wanted)
 
-    def hit_tokens(self, request: Request) -> tuple[int, int]:
-        """Tokens of the request's load: from this node's tiers, from other nodes."""
-        local, remote = self._leader.hits(request.request_id)
-        return local * self._block_size, remote * self._block_size
+    def hit_tokens(self, request: Request) -> Hits:
+        """Tokens of the request's load, by where they come from."""
+        return Hits(*(blocks * self._block_size for blocks in self._leader.hits(request.request_id)))
 
     def finished(self, request: Request) -> None:
         """The request is over."""
@@ -164,7 +164,7 @@ class SchedulerSide:
         if last <= first:
             return
         chain, device_blocks = names[first:last], followed.device_blocks[first:last]
-        dealt_with, held = self._leader.store(chain, device_blocks)
+        dealt_with, held = self._leader.store(request_id, first, chain, device_blocks)
         if held:
             self._hold(held)
             self._events.offered(followed.request, first, first + dealt_with)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from kvbm_connectors.vllm_channel import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 from kvbm_schemas.step import StepCommands, StepResults
-from kvbm_schemas.subjects import Scope
 from kvbm_service.network import Connect
 from kvbm_service.settings import Settings
-from kvbm_service.worker_service import WorkerService
+from kvbm_service.worker_service import RankId, WorkerService
 
 if TYPE_CHECKING:
     import torch
@@ -27,24 +27,12 @@ class WorkerSide:
     """One rank. All calls come from the model runner's thread."""
 
     def __init__(
-        self,
-        settings: Settings,
-        scope: Scope,
-        node: str,
-        rank: int,
-        world_size: int,
-        device_blocks: int,
-        connect: Connect,
-        instance: str,
+        self, settings: Settings, rank: RankId, device_blocks: int, connect: Connect
     ) -> None:
         self._settings = settings
-        self._scope = scope
-        self._node = node
         self._rank = rank
-        self._world_size = world_size
         self._device_blocks = device_blocks
         self._connect = connect
-        self._instance = instance
         self._worker: WorkerService | None = None
         self._collected: StepResults | None = None
 
@@ -54,28 +42,20 @@ class WorkerSide:
         from kvbm_service.host_worker import start_worker
 
         self._worker = start_worker(
-            self._settings,
-            self._scope,
-            self._node,
-            self._rank,
-            self._world_size,
-            kv_caches,
-            self._device_blocks,
-            self._connect,
-            self._instance,
+            self._settings, self._rank, kv_caches, self._device_blocks, self._connect
         )
 
     def handshake(self) -> KvbmHandshake | None:
         """What the scheduler's side has to know of this rank."""
-        return KvbmHandshake(self._worker.record) if self._worker else None
+        if self._worker is None:
+            return None
+        return KvbmHandshake(self._worker.record, self._worker.survivors)
 
     def start_loads(self, metadata: KvbmMetadata) -> None:
         """Begin to fill blocks of waiting requests."""
         commands = metadata.commands
-        if self._worker and (commands.loads or commands.peers or commands.gone):
-            self._worker.submit(
-                StepCommands(loads=commands.loads, peers=commands.peers, gone=commands.gone)
-            )
+        if self._worker:
+            self._worker.submit(msgspec.structs.replace(commands, saves=()))
 
     def start_saves(self, metadata: KvbmMetadata) -> None:
         """The forward pass is under way or done: copy the blocks it fills, after it."""

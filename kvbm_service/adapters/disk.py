@@ -45,6 +45,10 @@ class Disk(Protocol):
         """What an earlier life left here, each entry proven untorn. Ask before the first write."""
         ...
 
+    def forget(self) -> None:
+        """Let no later life find what is here. This life goes on with it."""
+        ...
+
     def save(self, blocks: Blocks) -> Mask:
         """Device → disk slots. Fills are not 0."""
         ...

@@ -72,6 +72,7 @@ class DiskIndex:
 
     def __init__(self, path: Path, slots: int, slot_bytes: int, identity: str) -> None:
         self._slots = slots
+        self._path = path
         self._lock = threading.Lock()
         digest = hashlib.sha256(identity.encode()).digest()
         header = _HEADER.pack(_MAGIC, VERSION, ENTRY.itemsize, slots, slot_bytes, digest)
@@ -88,15 +89,16 @@ class DiskIndex:
 
     def contents(self) -> Contents:
         """The blocks named, oldest fill first; of those named twice, the newest."""
-        slots = np.flatnonzero(self._entries["fill"]).astype(np.uint32)
-        entries = self._entries[slots]
-        order = np.argsort(entries["fill"], kind="stable")
-        hashes = np.ascontiguousarray(entries["hash"][order])
-        newest = _last_of_each(hashes)
+        slots = np.flatnonzero(self._entries["fill"])
+        slots = slots[np.argsort(self._entries["fill"][slots], kind="stable")]
+        hashes = self._entries["hash"]
+        words = hashes[:, 0][slots], hashes[:, 1][slots]  # several times faster than rows
+        newest = _last_of_each(*words)
+        slots = slots[newest]
         return Contents(
-            hashes=hashes[newest],
-            fills=entries["fill"][order][newest],
-            slots=slots[order][newest],
+            hashes=np.stack([word[newest] for word in words], axis=1),
+            fills=self._entries["fill"][slots],
+            slots=slots.astype(np.uint32),
         )
 
     def look(self, slots: Indices) -> Entries:
@@ -111,6 +113,7 @@ class DiskIndex:
             OSError: it could not be written down; the table in memory is right.
         """
         with self._lock:
+            slots = slots[self._entries["fill"][slots] != NOTHING]
             self._entries[slots] = np.zeros((), ENTRY)
             self._write(slots)
 
@@ -138,6 +141,10 @@ class DiskIndex:
                 self._write(stale)
             except OSError as error:
                 _log.warning("disk tier: a dropped block stays in its index: %s", error.strerror)
+
+    def forget(self) -> None:
+        """Let no later life find what is in the table. This one goes on with it."""
+        self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the file; it stays."""
@@ -210,14 +217,14 @@ def names(entries: Entries, hashes: Column, fills: Stamps) -> Mask:
     return np.asarray(same & (entries["fill"] == fills), np.bool_)
 
 
-def _last_of_each(hashes: Column) -> Mask:
-    """Which rows are not repeated by a later one."""
-    last = np.ones(len(hashes), np.bool_)
-    first_words = np.sort(hashes[:, 0])
-    if (first_words[1:] == first_words[:-1]).any():  # rare, and sorting by both is slow
-        order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # equal ones stay in their order
-        sorted_hashes = hashes[order]
-        last[order[:-1]] = (sorted_hashes[1:] != sorted_hashes[:-1]).any(axis=1)
+def _last_of_each(first: Column, second: Column) -> Mask:
+    """Which names, of two words each, are not repeated by a later one."""
+    last = np.ones(len(first), np.bool_)
+    in_order = np.sort(first)
+    if (in_order[1:] == in_order[:-1]).any():  # rare, and sorting by both words is slow
+        order = np.lexsort((second, first))  # equal ones stay in their order
+        same = (first[order][1:] == first[order][:-1]) & (second[order][1:] == second[order][:-1])
+        last[order[:-1][same]] = False
     return last
 
 

@@ -130,6 +130,9 @@ class DiskTier:
     def contents(self) -> Contents:
         return self._index.contents()
 
+    def forget(self) -> None:
+        self._index.forget()
+
     def save(self, blocks: Blocks) -> Mask:
         self._check(blocks.slots, len(blocks.hashes), len(blocks.fills), len(blocks.device))
         self._host.check_device(blocks.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvbm_schemas.events import BlockEvent, Loaded
+from kvbm_schemas.requests import LeaseAnswer
+from kvbm_schemas.step import Fetch
 
 
 class Publish(NamedTuple):
@@ -35,6 +37,8 @@ class AskOwner(NamedTuple):
     node: str
     start: int
     hashes: bytes
+    seconds: float
+    """When nobody waits for the answer any more, counted from now."""
 
 
 class GiveBack(NamedTuple):
@@ -44,4 +48,21 @@ class GiveBack(NamedTuple):
     lease: str
 
 
-Effect = Publish | Announce | AskRegistry | AskOwner | GiveBack
+class Answer(NamedTuple):
+    """Answer the lease request that was given the token `lease`, which had to wait for a disk."""
+
+    lease: str
+    answer: LeaseAnswer
+
+
+class TellRanks(NamedTuple):
+    """Have every own rank carry `fetch` out now, not with the engine's next step.
+
+    Tell `Leader.moved` what each says, or `Leader.unheard` if some rank says nothing.
+    """
+
+    fetch: Fetch
+    seconds: float
+
+
+Effect = Publish | Announce | AskRegistry | AskOwner | GiveBack | Answer | TellRanks

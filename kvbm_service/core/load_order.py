@@ -3,58 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from kvbm_schemas import step
-from kvbm_schemas.block import BlockHash, pack
+from kvbm_schemas.block import BlockHash, Tier, pack
 from kvbm_service.core.columns import pack_u32, pack_u64
-from kvbm_service.core.reads import Reader
+from kvbm_service.core.reads import Grant, Hits, Pinned, Plan, Reader
 
 
-def order_load(
-    op: int,
-    request: str,
-    reader: Reader,
-    computed: int,
-    device_blocks: Sequence[int],
-    now: float,
-    transfer_seconds: float,
-) -> tuple[step.Load, dict[int, tuple[BlockHash, str]]]:
-    """Write out the plan for `chain[computed:]`: the command, and what each device block gets."""
-    plan = reader.plan
-    assert plan is not None
-    end = computed + len(device_blocks)
-    places: dict[int, tuple[BlockHash, str]] = {}
+class Place(NamedTuple):
+    """What a device block gets, and from where."""
 
-    def place(start: int, stop: int, node: str) -> tuple[bytes, bytes]:
-        blocks = device_blocks[start - computed : stop - computed]
-        names = reader.chain[start:stop]
-        places.update((block, (name, node)) for block, name in zip(blocks, names, strict=True))
-        return pack(names), pack_u32(blocks)
+    block: BlockHash
+    tier: Tier
+    node: str
+    """Empty: from here."""
 
-    local = None
-    if computed < (stop := min(plan.local_end, end)):
-        hashes, blocks = place(computed, stop, "")
-        local = step.LocalRead(
-            hashes=hashes,
-            blocks=blocks,
-            slots=pack_u32(plan.local_slots[computed - plan.start : stop - plan.start]),
-            fills=pack_u64(plan.local_fills[computed - plan.start : stop - plan.start]),
+
+class _Columns:
+    """A transfer's columns as they grow, one entry per block."""
+
+    def __init__(self) -> None:
+        self.hashes: list[BlockHash] = []
+        self.blocks: list[int] = []
+        self.slots: list[int] = []
+        self.fills: list[int] = []
+
+    def read(self) -> step.LocalRead | None:
+        if not self.blocks:
+            return None
+        return step.LocalRead(
+            hashes=pack(self.hashes),
+            blocks=pack_u32(self.blocks),
+            slots=pack_u32(self.slots),
+            fills=pack_u64(self.fills),
         )
-    remote: list[step.RemoteRead] = []
-    for grant in plan.grants:
-        start, stop = max(computed, grant.start), min(grant.end, end)
-        if start >= stop:
-            continue
-        hashes, blocks = place(start, stop, grant.node)
-        remote.append(
-            step.RemoteRead(
-                node=grant.node,
-                agents=grant.agents,
-                seconds=max(0.0, min(transfer_seconds, grant.deadline - now)),
-                hashes=hashes,
-                blocks=blocks,
-                slots=pack_u32(grant.slots[start - grant.start : stop - grant.start]),
-                fills=pack_u64(grant.fills[start - grant.start : stop - grant.start]),
-            )
+
+
+class LoadOrder:
+    """A load of `chain[computed:]` into `device_blocks`, as the reader's plan says."""
+
+    def __init__(self, reader: Reader, computed: int, device_blocks: Sequence[int]) -> None:
+        assert reader.plan is not None
+        self._chain = reader.chain
+        self.computed = computed
+        self._end = computed + len(device_blocks)
+        self._device_blocks = device_blocks
+        self.plan: Plan = reader.plan
+        self.places: dict[int, Place] = {}
+
+    def command(self, op: int, request: str, now: float, transfer_seconds: float) -> step.Load:
+        """Write the load out for the ranks."""
+        own = {Tier.HOST: _Columns(), Tier.DISK: _Columns()}
+        remote: list[step.RemoteRead] = []
+        for piece in self.plan.pieces:
+            start, stop = max(self.computed, piece.start), min(piece.end, self._end)
+            if start >= stop:
+                continue
+            columns = own[piece.tier] if isinstance(piece, Pinned) else _Columns()
+            self._append(columns, piece, start, stop)
+            if isinstance(piece, Grant) and (read := columns.read()) is not None:
+                seconds = max(0.0, min(transfer_seconds, piece.deadline - now))
+                remote.append(
+                    step.RemoteRead(
+                        node=piece.node,
+                        agents=piece.agents,
+                        seconds=seconds,
+                        hashes=read.hashes,
+                        blocks=read.blocks,
+                        slots=read.slots,
+                        fills=read.fills,
+                    )
+                )
+        return step.Load(
+            op=op,
+            request=request,
+            local=own[Tier.HOST].read(),
+            disk=own[Tier.DISK].read(),
+            remote=tuple(remote),
         )
-    return step.Load(op=op, request=request, local=local, remote=tuple(remote)), places
+
+    def _append(self, to: _Columns, piece: Pinned | Grant, start: int, stop: int) -> None:
+        blocks = self._device_blocks[start - self.computed : stop - self.computed]
+        names = self._chain[start:stop]
+        tier, node = (piece.tier, "") if isinstance(piece, Pinned) else (Tier.HOST, piece.node)
+        for block, name in zip(blocks, names, strict=True):
+            self.places[block] = Place(name, tier, node)
+        to.hashes.extend(names)
+        to.blocks.extend(blocks)
+        to.slots.extend(piece.slots[start - piece.start : stop - piece.start])
+        to.fills.extend(piece.fills[start - piece.start : stop - piece.start])
+
+    @property
+    def hits(self) -> Hits:
+        """How many blocks come from where, once written out."""
+        here = [place.tier for place in self.places.values() if not place.node]
+        return Hits(
+            host=here.count(Tier.HOST),
+            disk=here.count(Tier.DISK),
+            remote=len(self.places) - len(here),
+        )

@@ -88,6 +88,11 @@ class Pool:
             end += 1
         return end
 
+    def absent(self, chain: Sequence[BlockHash], indices: Iterable[int]) -> list[int]:
+        """Those of `indices` whose block of the chain cannot be read."""
+        ready = self._ready
+        return [index for index in indices if chain[index] not in ready]
+
     def pinnable(self, chain: Sequence[BlockHash], room: int) -> int:
         """The length of the longest head of this readable chain that pins at most `room` more."""
         for index, block in enumerate(chain):
@@ -191,17 +196,21 @@ class Pool:
         Returns which of them are here now: not those whose slot is not free (or not of this
         pool), and of a block that is there twice, or already here, only the first.
         """
-        free = set(self._free)
-        taken = [False] * len(blocks)
+        free = bytearray(self.capacity)
+        for slot in self._free:
+            free[slot] = 1
         ready, filling, names, stamps = self._ready, self._filling, self._names, self._fills
-        for index, (block, slot, fill) in enumerate(zip(blocks, slots, fills, strict=True)):
-            if slot in free and block not in ready and block not in filling:
-                free.remove(slot)
+        taken: list[bool] = []
+        for block, slot, fill in zip(blocks, slots, fills, strict=True):
+            good = slot < self.capacity and free[slot] == 1 and block not in ready
+            good = good and block not in filling
+            if good:
+                free[slot] = 0
                 ready[block] = slot
                 names[slot] = block
                 stamps[slot] = fill
-                taken[index] = True
-        self._free = [slot for slot in self._free if slot in free]
+            taken.append(good)
+        self._free = [slot for slot in self._free if free[slot]]
         self._eviction.adopt([slot for slot, good in zip(slots, taken, strict=True) if good])
         return taken
 

@@ -7,6 +7,9 @@
                                                                      │ load
                                      IDLE ◄── every rank is done ── LOADING ──► SPENT (failed)
 
+A prefix mixes places freely: the registry is asked for exactly the blocks that are not here, so
+what others have fills the gaps between own blocks.
+
 Every question carries an attempt number; an answer to an older one is late and changes nothing.
 A plan pins what it counts on, and is dropped when it gets too old.
 """
@@ -14,11 +17,14 @@ A plan pins what it counts on, and is dropped when it gets too old.
 from __future__ import annotations
 
 import enum
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from kvbm_schemas.block import BlockHash
-from kvbm_schemas.requests import Segment
+from kvbm_schemas.block import BlockHash, Tier
+from kvbm_schemas.requests import Leased, Segment
+from kvbm_service.core.columns import unpack_u32, unpack_u64
 
 MAX_PARTS = 8
 """A prefix is taken from at most this many places on other nodes."""
@@ -48,6 +54,33 @@ class Grant:
     fills: Sequence[int]
     deadline: float
 
+    @classmethod
+    def of(cls, answer: Leased, node: str, start: int, asked_at: float) -> Grant:
+        """What an owner answered to a question of `asked_at` about the chain from `start`."""
+        return cls(
+            node=node,
+            agents=answer.agents,
+            lease=answer.lease,
+            start=start,
+            slots=unpack_u32(answer.slots),
+            fills=unpack_u64(answer.fills),
+            deadline=asked_at + answer.seconds,
+        )
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """Own slots that hold `chain[start:start + len(slots)]`, kept from reuse."""
+
+    tier: Tier
+    start: int
+    slots: list[int]
+    fills: list[int]
+
     @property
     def end(self) -> int:
         return self.start + len(self.slots)
@@ -60,30 +93,40 @@ class Part:
     node: str
     start: int
     end: int
+    on_disk: bool = False
     answered: bool = False
     grant: Grant | None = None
 
 
 @dataclass(slots=True)
 class Plan:
-    """Where `chain[start:end]` is to come from: pinned own slots first, then leased ones."""
+    """Where the chain from `start` on is to come from."""
 
     start: int
-    local_end: int
-    local_slots: list[int]
-    local_fills: list[int]
     deadline: float
+    pinned: list[Pinned] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+
+    @property
+    def pieces(self) -> list[Pinned | Grant]:
+        """What is certain, in chain order, without a gap from `start` on."""
+        certain: list[Pinned | Grant] = [*self.pinned, *self.grants]
+        if self.parts:
+            certain.sort(key=lambda piece: piece.start)
+        unbroken: list[Pinned | Grant] = []
+        end = self.start
+        for piece in certain:
+            if piece.start != end:
+                break
+            unbroken.append(piece)
+            end = piece.end
+        return unbroken
 
     @property
     def end(self) -> int:
         """The end of the unbroken run that is certain."""
-        end = self.local_end
-        for part in self.parts:
-            if part.grant is None or part.grant.start != end:
-                break
-            end = part.grant.end
-        return end
+        pieces = self.pieces
+        return pieces[-1].end if pieces else self.start
 
     def covers(self, index: int, now: float) -> bool:
         """Whether the plan can serve a request that needs `chain[index:]`."""
@@ -102,6 +145,17 @@ class Plan:
         return [part.grant for part in self.parts if part.grant is not None]
 
 
+class Hits(NamedTuple):
+    """How many blocks a load takes from where."""
+
+    host: int = 0
+    disk: int = 0
+    remote: int = 0
+
+
+NO_HITS = Hits()
+
+
 @dataclass(slots=True)
 class Reader:
     """One request's chain, and how far its read path has come."""
@@ -115,21 +169,43 @@ class Reader:
     """Of the load under way."""
     patience: float | None = None
     """While the engine is told to ask again: when it will get an answer at the latest."""
-    asked_from: int = 0
+    asked: Sequence[int] = ()
+    """The blocks that the registry was asked for, as ascending indices into the chain."""
     segments: tuple[Segment, ...] = ()
+    """The registry's answer; its numbers are positions in `asked`."""
     plan: Plan | None = None
-    local_hits: int = 0
-    remote_hits: int = 0
+    hits: Hits = NO_HITS
+    counted: bool = False
+    """Whether the outcome of the lookup has been told."""
+    computed: int = 0
+    """Blocks that the engine had itself when it last asked."""
+    brought: int | None = None
+    """Blocks that were brought up while the request waited; None: not tried yet."""
+    in_place: set[BlockHash] = field(default_factory=set)
+    """Blocks that came from another node and are not worth a copy here."""
 
-    @property
-    def located_end(self) -> int:
-        """The end of what the registry's answer covers."""
-        return self.asked_from + sum(segment.count for segment in self.segments)
+    def is_told(self, index: int) -> bool:
+        """Whether the registry has said who has `chain[index]`, or that nobody has.
 
-    def parts_from(self, index: int) -> Iterator[tuple[Segment, int, int]]:
-        """The answer's segments with their bounds in the chain, cut to begin at `index`."""
+        It goes through the blocks it is asked for until it comes to one that nobody has.
+        """
+        at = bisect_left(self.asked, index)
+        told = 1 + sum(segment.count for segment in self.segments)
+        return at < min(told, len(self.asked)) and self.asked[at] == index
+
+    def located(self, absent: Sequence[int]) -> Iterator[tuple[Segment, int, int]]:
+        """Who has those of the blocks `absent`: segments, cut to unbroken pieces of the chain."""
+        wanted = set(absent)
         for segment in self.segments:
-            start = self.asked_from + segment.start
-            end = min(start + segment.count, len(self.chain))
-            if end > index:
-                yield segment, max(start, index), end
+            indices = self.asked[segment.start : segment.start + segment.count]
+            start: int | None = None
+            previous = -1
+            for index in indices:
+                if start is not None and (index != previous + 1 or index not in wanted):
+                    yield segment, start, previous + 1
+                    start = None
+                if start is None and index in wanted:
+                    start = index
+                previous = index
+            if start is not None:
+                yield segment, start, previous + 1

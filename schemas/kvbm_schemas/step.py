@@ -6,15 +6,29 @@ forward pass. Lists are columns: one entry per block, packed like on the wire.
 
 from __future__ import annotations
 
-from kvbm_schemas.block import Tier
-from kvbm_schemas.message import BlockHashes, FillStamps, Message, SlotIndices
+from typing import Annotated
+
+import msgspec
+
+from kvbm_schemas.block import HASH_BYTES, Tier
+from kvbm_schemas.message import (
+    MAX_U63,
+    BlockHashes,
+    FillStamps,
+    Message,
+    SlotIndices,
+    check_packed,
+)
 from kvbm_schemas.records import RankRecord
+
+Op = Annotated[int, msgspec.Meta(ge=0, le=MAX_U63)]
+"""A command's number. No two commands of a node have the same, its earlier lives included."""
 
 
 class Save(Message, frozen=True):
     """Copy device blocks into slots of `tier`, and stamp each slot (G1 → G2, or G1 → G3)."""
 
-    op: int
+    op: Op
     """Also the fill stamp that these slots get."""
     hashes: BlockHashes
     blocks: SlotIndices
@@ -26,7 +40,7 @@ class Save(Message, frozen=True):
 class Spill(Message, frozen=True):
     """Copy host slots into disk slots (G2 → G3)."""
 
-    op: int
+    op: Op
     """Also the fill stamp that the disk slots get."""
     hashes: BlockHashes
     fills: FillStamps
@@ -38,21 +52,28 @@ class Spill(Message, frozen=True):
 class Fetch(Message, frozen=True):
     """Copy disk slots into host slots (G3 → G2)."""
 
-    op: int
+    op: Op
     """Also the fill stamp that the host slots get."""
     hashes: BlockHashes
     fills: FillStamps
     """Of the disk slots."""
     disk: SlotIndices
     host: SlotIndices
-    instance: str = ""
+    instance: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """The engine's life that is meant, where the command does not ride its step channel."""
+
+    def __post_init__(self) -> None:
+        check_packed(self.hashes, HASH_BYTES, "hashes")
+        check_packed(self.fills, 8, "fills")
+        count = len(self.hashes) // HASH_BYTES
+        if not 8 * count == len(self.fills) == 2 * len(self.disk) == 2 * len(self.host):
+            raise ValueError("the columns differ in length")
 
 
 class RemoteFetch(Message, frozen=True):
     """NIXL-READ another node's host slots into own host slots (remote G2 → G2)."""
 
-    op: int
+    op: Op
     """Also the fill stamp that our slots get."""
     node: str
     agents: tuple[str, ...]
@@ -93,7 +114,7 @@ class RemoteRead(Message, frozen=True):
 class Load(Message, frozen=True):
     """Fill device blocks of one request, from any number of places."""
 
-    op: int
+    op: Op
     request: str
     local: LocalRead | None = None
     """From the own host tier."""
@@ -114,23 +135,28 @@ class StepCommands(Message, frozen=True):
     spills: tuple[Spill, ...] = ()
     fetches: tuple[Fetch, ...] = ()
     remote_fetches: tuple[RemoteFetch, ...] = ()
+    forget: bool = False
+    """No block of this life may be found by a later one. To be done before all else."""
 
 
 class Moved(Message, frozen=True):
     """One rank has come to the end of a save, spill or fetch."""
 
-    op: int
+    op: Op
     failed: SlotIndices = b""
     """Positions in the command's columns whose blocks are not in place."""
-    reason: str = ""
-    seconds: float = 0.0
+    reason: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=MAX_U63)] = 0.0
     """From the command's turn to its end."""
+
+    def __post_init__(self) -> None:
+        check_packed(self.failed, 4, "failed")
 
 
 class LoadResult(Message, frozen=True):
     """One rank has come to the end of a load; `failed_blocks` hold no valid bytes."""
 
-    op: int
+    op: Op
     request: str
     failed_blocks: SlotIndices = b""
     reason: str = ""
@@ -148,10 +174,6 @@ class StepResults(Message, frozen=True):
     loads: tuple[LoadResult, ...] = ()
     disk_lost: str = ""
     """Why this rank's disk tier has been given up; empty while it works."""
-    saved: tuple[int, ...] = ()
-    """Save ops whose bytes are all in place."""
-    save_failed: tuple[int, ...] = ()
-    """Save ops of which at least one block failed: none of them counts."""
 
 
 class Survivors(Message, frozen=True):

@@ -9,6 +9,7 @@
 | `lease`    | other leaders     | the node's leader    | `Acquire` → `Leased` or `Refused`  |
 | `release`  | other leaders     | the node's leader    | `Release`                          |
 | `snapshot` | registries        | the node's leader    | `Resync` → `SnapshotChunk` …       |
+| `rank-0` … | the node's leader | that rank's worker   | `Fetch` → `Moved`                  |
 | `lookup`   | leaders           | registries (queue)   | `Lookup` → `Located`               |
 | `locate`   | `kvbm locate`     | registries (queue)   | `Locate` → `Placements`            |
 
@@ -48,6 +49,11 @@ class Scope(NamedTuple):
     def of(self, node: str, what: str) -> str:
         """The subject of `what` at `node`."""
         return str(Subject(self.namespace, self.fingerprint, node, what))
+
+
+def rank_what(rank: int) -> str:
+    """The last token of the subject that a rank listens to."""
+    return f"rank-{rank}"
 
 
 def is_token(name: str) -> bool:

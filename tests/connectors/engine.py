@@ -58,9 +58,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kvbm_connectors.vllm_events import MEDIUM
+from kvbm_connectors.vllm_events import MEDIA
 from kvbm_connectors.vllm_layout import name_of
-from kvbm_schemas.block import BlockHash
+from kvbm_schemas.block import BlockHash, Tier
 from kvbm_service.core.leader import Leader
 from tests.connectors.computation import Text
 from tests.connectors.rank import Rank
@@ -113,6 +113,7 @@ def vllm_config(model: ModelConfig, shape: Shape) -> VllmConfig:
         "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": shape.slots,
         "KVBM_NODE_NAME": shape.node,
         "KVBM_VERIFY": shape.verify,
+        "KVBM_HOST_CACHE_DIR": "none",
     }
     transfer = KVTransferConfig(
         kv_connector=shape.connector,
@@ -307,7 +308,7 @@ class Engine:
     def settle(self, seconds: float = PATIENCE_SECONDS) -> None:
         """Without a step, wait until the ranks have ended every save that they were given."""
         self.wait(
-            lambda: all(len(self.core._saves) <= rank.unreported_saves for rank in self.ranks),
+            lambda: all(len(self.core.orders.moves) <= rank.unreported_moves for rank in self.ranks),
             seconds,
         )
 
@@ -385,9 +386,9 @@ class Engine:
         """What a subscriber to vLLM's events believes to be in the host tier."""
         held: set[Any] = set()
         for event in self.events:
-            if isinstance(event, BlockStored) and event.medium == MEDIUM:
+            if isinstance(event, BlockStored) and event.medium == MEDIA[Tier.HOST]:
                 held |= set(event.block_hashes)
-            elif isinstance(event, BlockRemoved) and event.medium == MEDIUM:
+            elif isinstance(event, BlockRemoved) and event.medium == MEDIA[Tier.HOST]:
                 held -= set(event.block_hashes)
         return held
 
@@ -398,7 +399,7 @@ class Engine:
             for asked in self._asked.values()
             for block_hash in asked.request.block_hashes
         }
-        return {names[block] for block in self.core.pool.blocks()}
+        return {names[block] for block in self.core.tiers.host.blocks()}
 
     @property
     def free_blocks(self) -> int:
@@ -411,8 +412,8 @@ class Engine:
         assert self.free_blocks == self.shape.blocks - 1, "device blocks leaked"
         core = self.core
         core.check_integrity()
-        assert core.pool.used == len(core.pool), "a slot is still being filled"
-        assert core.pool.pinned == 0, "slots are still pinned"
+        assert core.tiers.host.used == len(core.tiers.host), "a slot is still being filled"
+        assert core.tiers.host.pinned == 0, "slots are still pinned"
         assert not core.busy
         assert not core._readers
         assert not self.connector._scheduler_side._followed

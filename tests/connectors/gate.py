@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvbm_service.adapters.mover import Blocks, Fence, Indices, Mask, Mover, RemoteSlab
+from kvbm_service.adapters.mover import Blocks, Fence, Hop, Indices, Mask, Mover, RemoteSlab
 from kvbm_service.errors import TransferError
 
 PATIENCE_SECONDS = 30.0
@@ -50,14 +50,14 @@ class Valve:
 
 
 class Gate:
-    """`Mover`: the real one behind three valves.
+    """`Mover`: the real one behind four valves.
 
     Before a read, its destination is filled with rubbish by `scribble`: what is right
     afterwards was written by this read.
     """
 
     def __init__(self, mover: Mover, scribble: Callable[[Indices], None]) -> None:
-        self.saves, self.loads, self.pulls = Valve(), Valve(), Valve()
+        self.saves, self.loads, self.pulls, self.fetches = Valve(), Valve(), Valve(), Valve()
         self._mover = mover
         self._scribble = scribble
 
@@ -90,6 +90,12 @@ class Gate:
         return self._read(
             self.pulls, blocks, lambda: self._mover.pull(agent, blocks, timeout_seconds)
         )
+
+    def fetch(self, agent: str, hop: Hop, timeout_seconds: float) -> Mask:
+        self.fetches.enter()
+        arrived = self._mover.fetch(agent, hop, timeout_seconds)
+        self.fetches.blocks += int(arrived.sum())
+        return arrived
 
     def progress(self) -> None:
         self._mover.progress()

@@ -69,9 +69,9 @@ class Rank:
         octet.value ^= 1
 
     @property
-    def unreported_saves(self) -> int:
-        """Saves that are done, and that the scheduler has not been told of."""
-        return len(self.connector._worker_side._worker._saved)
+    def unreported_moves(self) -> int:
+        """Saves and the like that are done, and that the scheduler has not been told of."""
+        return len(self.connector._worker_side._worker._moved)
 
     # -- what the model runner does ----------------------------------------------------------
 

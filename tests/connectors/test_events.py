@@ -45,7 +45,7 @@ def test_blocks_saved_by_the_very_first_step_are_announced(
 
     def save_at_once() -> None:
         begin_saves()
-        eventually(lambda: rank.unreported_saves)
+        eventually(lambda: rank.unreported_moves)
 
     engine.submit(prompt(21))
     monkeypatch.setattr(rank.connector, "wait_for_save", save_at_once)

@@ -122,11 +122,11 @@ def test_a_request_aborted_while_it_waits_for_room_lets_its_blocks_go(
     first = engine.submit(prompt(45, seed=1), tokens=8)
     engine.until(lambda: first.answer)
     second = engine.submit(prompt(41))
-    engine.until(lambda: engine.core.pool.pinned == 10)
+    engine.until(lambda: engine.core.tiers.host.pinned == 10)
     engine.step()
     assert not engine.ranks[0].gate.loads.calls
     engine.abort(second)
-    assert engine.core.pool.pinned == 0
+    assert engine.core.tiers.host.pinned == 0
     engine.run()
 
 
@@ -187,7 +187,7 @@ def test_what_is_being_read_is_not_evicted(make_engine: MakeEngine) -> None:
     engine.until(lambda: loads.waiting)
     other = engine.submit(prompt(61, seed=1))
     engine.until(lambda: other.finished)
-    assert engine.core.pool.pinned == 10
+    assert engine.core.tiers.host.pinned == 10
     loads.open()
     engine.run()
     assert asked.answer == asked.text.generated(1)
@@ -202,7 +202,7 @@ def test_what_a_slow_rank_is_still_reading_is_not_evicted(make_engine: MakeEngin
     engine.until(lambda: fast.blocks == 10 and slow.waiting)
     other = engine.submit(prompt(61, seed=1))
     engine.until(lambda: other.finished)
-    assert engine.core.pool.pinned == 10
+    assert engine.core.tiers.host.pinned == 10
     slow.open()
     engine.run()
     assert asked.computed == 1
@@ -221,7 +221,7 @@ def test_a_block_that_only_the_slower_rank_could_not_read_is_forgotten(
         engine.step()
     slow.open()
     engine.until(lambda: not engine.core.busy)
-    assert len(engine.core.pool) == 0
+    assert len(engine.core.tiers.host) == 0
     engine.run()
     assert asked.computed == 41
 

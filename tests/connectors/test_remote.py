@@ -24,7 +24,7 @@ def meet(*engines: Engine) -> None:
 
 
 def nothing_leased(engine: Engine) -> bool:
-    return len(engine.core.leases) == 0 and engine.core.pool.pinned == 0
+    return len(engine.core.lending.leases) == 0 and engine.core.tiers.host.pinned == 0
 
 
 def test_a_prompt_computed_by_one_engine_is_read_by_another(
@@ -40,18 +40,20 @@ def test_a_prompt_computed_by_one_engine_is_read_by_another(
     eventually(lambda: nothing_leased(owner))
 
 
-def test_what_was_read_from_another_node_is_kept(
+def test_what_is_read_from_another_node_a_second_time_is_kept(
     make_node: MakeEngine, registry: LiveRegistry
 ) -> None:
     owner, reader = make_node("owner"), make_node("reader")
     meet(owner, reader)
     owner.ask(prompt(41))
     eventually(lambda: registry.copies == 10)
-    reader.ask(prompt(41))
-    eventually(lambda: registry.copies == 20)
-    reader.forget_device()
-    assert reader.ask(prompt(41)).loaded == 40
-    assert reader.ranks[0].gate.pulls.calls == 1
+    pulls = reader.ranks[0].gate.pulls
+    for times_read, copies in ((1, 10), (2, 20), (2, 20)):
+        assert reader.ask(prompt(41)).loaded == 40
+        assert pulls.calls == times_read
+        eventually(lambda copies=copies: registry.copies == copies)
+        assert len(reader.core.tiers.host) == copies - 10
+        reader.forget_device()
     eventually(lambda: nothing_leased(owner))
 
 
@@ -61,8 +63,9 @@ def test_a_beginning_from_here_and_an_end_from_there_make_one_prefix(
     owner, reader = make_node("owner"), make_node("reader")
     meet(owner, reader)
     reader.ask(prompt(21))
-    owner.ask(prompt(61))
-    eventually(lambda: registry.copies == 20)
+    eventually(lambda: registry.copies == 5)
+    owner.ask(prompt(61))  # which uses the reader's five blocks in place
+    eventually(lambda: registry.copies == 15)
     reader.forget_device()
     asked = reader.ask(prompt(61))
     assert (asked.loaded, asked.computed) == (60, 1)
@@ -80,8 +83,9 @@ def test_tokens_from_here_and_from_there_are_told_apart(
     owner, reader = make_node("owner"), make_node("reader")
     meet(owner, reader)
     reader.ask(prompt(21))
-    owner.ask(prompt(61))
-    eventually(lambda: registry.copies == 20)
+    eventually(lambda: registry.copies == 5)
+    owner.ask(prompt(61))  # which uses the reader's five blocks in place
+    eventually(lambda: registry.copies == 15)
     reader.forget_device()
     pulls = reader.ranks[0].gate.pulls
     pulls.close()
@@ -158,7 +162,7 @@ def test_a_request_aborted_while_it_reads_gives_its_lease_back(
     pulls.close()
     asked = reader.submit(prompt(41))
     reader.until(lambda: pulls.waiting)
-    assert owner.core.pool.pinned == 10
+    assert owner.core.tiers.host.pinned == 10
     reader.abort(asked)
     pulls.open()
     reader.run()

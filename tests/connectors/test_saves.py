@@ -25,7 +25,7 @@ def test_an_engine_without_requests_steps_on_until_its_saves_are_done(
     assert engine.scheduler.has_requests()
     saves.open()
     engine.run()
-    assert len(engine.core.pool) == 40 // BLOCK
+    assert len(engine.core.tiers.host) == 40 // BLOCK
 
 
 def test_blocks_of_a_finished_request_stay_until_they_are_saved(make_engine: MakeEngine) -> None:
@@ -134,10 +134,10 @@ def test_a_block_counts_only_when_every_rank_has_saved_it(make_engine: MakeEngin
     engine.until(lambda: asked.finished and fast.blocks == 10)
     for _ in range(5):
         engine.step()
-    assert len(engine.core.pool) == 0
+    assert len(engine.core.tiers.host) == 0
     slow.open()
     engine.run()
-    assert len(engine.core.pool) == 10
+    assert len(engine.core.tiers.host) == 10
 
 
 def test_a_block_that_one_rank_could_not_save_does_not_count(make_engine: MakeEngine) -> None:
@@ -145,7 +145,7 @@ def test_a_block_that_one_rank_could_not_save_does_not_count(make_engine: MakeEn
     broken = engine.ranks[1].gate.saves
     broken.failing = True
     engine.ask(prompt(41))
-    assert engine.core.pool.used == 0
+    assert engine.core.tiers.host.used == 0
     engine.forget_device()
     broken.failing = False
     assert engine.ask(prompt(41)).loaded == 0
@@ -157,7 +157,7 @@ def test_a_reset_forgets_everything(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.ask(prompt(41))
     assert engine.scheduler.reset_prefix_cache(reset_connector=True)
-    assert engine.core.pool.used == 0
+    assert engine.core.tiers.host.used == 0
     assert engine.ask(prompt(41)).loaded == 0
 
 
@@ -170,4 +170,4 @@ def test_saves_under_way_do_not_come_back_after_a_reset(make_engine: MakeEngine)
     assert engine.connector.reset_cache()
     saves.open()
     engine.run()
-    assert engine.core.pool.used == 0
+    assert engine.core.tiers.host.used == 0

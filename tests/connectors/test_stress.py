@@ -173,5 +173,5 @@ def test_engines_in_a_storm_read_from_each_other(
     for storm in storms:
         storm.end()
     for storm in storms:
-        eventually(lambda storm=storm: not storm.engine.core.pool.pinned)
+        eventually(lambda storm=storm: not storm.engine.core.tiers.host.pinned)
     assert sum(storm.engine.ranks[0].gate.pulls.blocks for storm in storms) > 0

@@ -77,7 +77,7 @@ class Rig:
     def save(self, names: str, good: bool = True) -> None:
         """Store these blocks, and let all ranks report."""
         self.leader.store(chain(names), list(range(len(names))))
-        for command in self.leader.take_commands().saves:
+        for command in self.leader.take_commands(0.0).saves:
             for rank in range(self.world_size):
                 self.saved(command.op, rank, good)
         self.leader.take_freed_blocks()
@@ -85,13 +85,9 @@ class Rig:
 
     def saved(self, op: int, rank: int = 0, good: bool = True) -> None:
         """One rank has come to the end of a save."""
-        ops = (op,)
-        self.leader.report(
-            step.StepResults(rank=rank, saved=ops)
-            if good
-            else step.StepResults(rank=rank, save_failed=ops),
-            now=0.0,
-        )
+        failed = b"" if good else pack_u32(range(64))
+        moved = step.Moved(op=op, failed=failed, reason="" if good else "broken")
+        self.leader.report(step.StepResults(rank=rank, moved=(moved,)), now=0.0)
         self.leader.check_integrity()
 
     def loaded(
@@ -104,9 +100,13 @@ class Rig:
         self.leader.report(step.StepResults(rank=rank, loads=(result,)), now)
         self.leader.check_integrity()
 
+    def readable(self, tier: Tier = Tier.HOST) -> list[BlockHash]:
+        """What a snapshot says of a tier."""
+        return dict(self.leader.snapshot()[1])[tier]
+
     def load_command(self) -> step.Load:
         """The only load of this step."""
-        (load,) = self.leader.take_commands().loads
+        (load,) = self.leader.take_commands(0.0).loads
         return load
 
     # -- the bus's side

@@ -30,7 +30,7 @@ def test_a_lease_names_the_slots_and_fills_of_the_chains_head() -> None:
     answer = acquire(rig, "abx")
     slots = list(unpack_u32(answer.slots))
     assert len(slots) == 2
-    assert list(unpack_u64(answer.fills)) == rig.leader.pool.fills(slots)
+    assert list(unpack_u64(answer.fills)) == rig.leader.tiers.host.fills(slots)
     assert answer.agents == ("me/0/1", "me/1/1")
     assert answer.epoch == 1
     assert answer.seconds == LEASE_SECONDS
@@ -54,18 +54,18 @@ def test_leased_blocks_are_not_evicted() -> None:
     rig.save("abcd")
     acquire(rig, "ab")
     rig.leader.store(chain("wxyz"), [1, 2, 3, 4])
-    assert rig.leader.pool.match(chain("abcd")) == 2
+    assert rig.leader.tiers.host.match(chain("abcd")) == 2
 
 
 def test_a_released_lease_keeps_nothing() -> None:
     rig = Rig()
     rig.save("ab")
     lease = acquire(rig, "ab").lease
-    assert rig.leader.pool.pinned == 2
+    assert rig.leader.tiers.host.pinned == 2
     rig.leader.release(lease)
     rig.leader.release(lease)
     rig.leader.release("a-token-nobody-ever-had")
-    assert rig.leader.pool.pinned == 0
+    assert rig.leader.tiers.host.pinned == 0
     rig.leader.check_integrity()
 
 
@@ -74,9 +74,9 @@ def test_a_lease_ends_by_itself() -> None:
     rig.save("ab")
     acquire(rig, "ab", now=5.0)
     rig.leader.tick(now=5.0 + LEASE_SECONDS - 0.1)
-    assert rig.leader.pool.pinned == 2
+    assert rig.leader.tiers.host.pinned == 2
     rig.leader.tick(now=5.0 + LEASE_SECONDS)
-    assert rig.leader.pool.pinned == 0
+    assert rig.leader.tiers.host.pinned == 0
 
 
 def test_a_block_may_be_leased_to_several_readers() -> None:
@@ -86,9 +86,9 @@ def test_a_block_may_be_leased_to_several_readers() -> None:
     second = acquire(rig, "ab", "second-token-of-16")
     assert first.slots == second.slots
     rig.leader.release(first.lease)
-    assert rig.leader.pool.pinned == 2
+    assert rig.leader.tiers.host.pinned == 2
     rig.leader.release(second.lease)
-    assert rig.leader.pool.pinned == 0
+    assert rig.leader.tiers.host.pinned == 0
 
 
 def test_half_of_the_pool_is_never_leased() -> None:
@@ -109,7 +109,7 @@ def test_a_chain_that_everybody_reads_costs_its_slots_once() -> None:
     rig.save("abcd")
     for reader in range(20):
         assert len(unpack_u32(acquire(rig, "abcd", f"token-of-reader-{reader:02}").slots)) == 4
-    assert rig.leader.pool.pinned == 4
+    assert rig.leader.tiers.host.pinned == 4
 
 
 def test_a_table_that_is_full_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +124,6 @@ def test_a_snapshot_is_what_can_be_read_right_after_the_last_event() -> None:
     rig = Rig()
     rig.save("ab")
     rig.leader.store(chain("c"), [1])
-    beat, blocks = rig.leader.snapshot()
-    assert sorted(blocks) == sorted(chain("ab"))
+    beat, _ = rig.leader.snapshot()
+    assert sorted(rig.readable()) == sorted(chain("ab"))
     assert (beat.epoch, beat.seq) == (1, 1)

@@ -59,19 +59,19 @@ def test_a_reset_forgets_every_block_and_says_so_once() -> None:
     rig.save("abc")
     rig.leader.reset()
     assert [type(effect.event) for effect in rig.effects(Publish)] == [Cleared]
-    assert rig.leader.snapshot()[1] == []
-    assert rig.leader.pool.used == 0
+    assert rig.readable() == []
+    assert rig.leader.tiers.host.used == 0
 
 
 def test_a_reset_forgets_blocks_on_their_way() -> None:
     rig = Rig()
     rig.leader.store(chain("a"), [1])
-    (save,) = rig.leader.take_commands().saves
+    (save,) = rig.leader.take_commands(0.0).saves
     rig.leader.reset()
     rig.effects(Publish)
     rig.saved(save.op)
     assert rig.effects(Publish) == []
-    assert rig.leader.pool.used == 0
+    assert rig.leader.tiers.host.used == 0
     assert rig.leader.take_freed_blocks() == [1]
 
 
@@ -79,9 +79,9 @@ def test_a_reset_forgets_blocks_that_no_rank_was_told_of_yet() -> None:
     rig = Rig()
     rig.leader.store(chain("a"), [1])
     rig.leader.reset()
-    (save,) = rig.leader.take_commands().saves
+    (save,) = rig.leader.take_commands(0.0).saves
     rig.saved(save.op)
-    assert rig.leader.pool.used == 0
+    assert rig.leader.tiers.host.used == 0
     assert rig.leader.take_freed_blocks() == [1]
 
 
@@ -97,7 +97,7 @@ def test_a_reset_drops_plans_and_gives_their_leases_back() -> None:
     assert rig.leader.match("r", 0, now=0.0) == 2
     rig.leader.reset()
     assert rig.effect(GiveBack).node == "b"
-    assert rig.leader.pool.used == 0
+    assert rig.leader.tiers.host.used == 0
 
 
 def test_a_reset_leaves_leased_and_loading_slots_to_their_readers() -> None:
@@ -110,10 +110,10 @@ def test_a_reset_leaves_leased_and_loading_slots_to_their_readers() -> None:
     load = rig.load_command()
     rig.leader.reset()
     rig.leader.check_integrity()
-    assert rig.leader.pool.used == 2
+    assert rig.leader.tiers.host.used == 2
     assert rig.leader.store(chain("wxyz"), [3, 4, 5, 6]) == (2, [3, 4])
     rig.loaded(load)
     rig.leader.release("a-token-of-sixteen")
-    assert rig.leader.pool.pinned == 0
+    assert rig.leader.tiers.host.pinned == 0
     assert rig.leader.store(chain("yz"), [5, 6]) == (2, [5, 6])
     rig.leader.check_integrity()

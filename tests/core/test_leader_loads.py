@@ -10,6 +10,7 @@ from kvbm_schemas.step import Load
 from kvbm_service.core.columns import pack_u32, unpack_u32, unpack_u64
 from kvbm_service.core.effects import Announce, AskOwner, AskRegistry, GiveBack, Publish
 from kvbm_service.core.peers import SHUN_SECONDS
+from kvbm_service.core.reads import Hits
 from tests.core.builders import LEASE_SECONDS, Rig, chain, leased, located
 
 
@@ -45,14 +46,14 @@ def test_a_load_names_each_block_where_it_is_and_where_it_goes() -> None:
     assert unpack(load.local.hashes) == chain("ab")
     assert list(unpack_u32(load.local.blocks)) == [10, 11]
     slots = list(unpack_u32(load.local.slots))
-    assert list(unpack_u64(load.local.fills)) == rig.leader.pool.fills(slots)
+    assert list(unpack_u64(load.local.fills)) == rig.leader.tiers.host.fills(slots)
     (remote,) = load.remote
     assert (remote.node, remote.agents) == ("b", ("b/0/1",))
     assert unpack(remote.hashes) == chain("cd")
     assert list(unpack_u32(remote.blocks)) == [12, 13]
     assert list(unpack_u32(remote.slots)) == [100, 101]
     assert list(unpack_u64(remote.fills)) == [500, 501]
-    assert rig.leader.hits("r") == (2, 2)
+    assert rig.leader.hits("r") == Hits(host=2, remote=2)
 
 
 def test_a_load_may_begin_later_and_end_earlier_than_was_promised() -> None:
@@ -66,7 +67,7 @@ def test_a_load_may_begin_later_and_end_earlier_than_was_promised() -> None:
     assert load.local is not None
     assert unpack(load.local.hashes) == chain("b")
     rig.loaded(load)
-    assert rig.leader.pool.pinned == 0
+    assert rig.leader.tiers.host.pinned == 0
 
 
 def test_a_load_of_leased_blocks_alone_has_no_local_part() -> None:
@@ -117,10 +118,10 @@ def test_pins_and_leases_last_until_every_rank_is_done() -> None:
     load = loading_mixed(rig)
     rig.loaded(load, rank=0)
     assert rig.effects(GiveBack) == []
-    assert rig.leader.pool.pinned == 2
+    assert rig.leader.tiers.host.pinned == 2
     rig.loaded(load, rank=1)
     assert rig.effect(GiveBack) == GiveBack("b", leased("b", 2).lease)
-    assert rig.leader.pool.pinned == 0
+    assert rig.leader.tiers.host.pinned == 0
     assert not rig.leader.busy
 
 
@@ -168,7 +169,7 @@ def test_an_own_block_that_could_not_be_read_is_forgotten_and_told_of() -> None:
     (removed,) = [effect.event for effect in rig.effects(Publish)]
     assert isinstance(removed, Removed)
     assert unpack(removed.hashes) == chain("b")
-    assert rig.leader.pool.match(chain("ab")) == 1
+    assert rig.leader.tiers.host.match(chain("ab")) == 1
 
 
 def test_a_block_that_failed_on_two_ranks_is_told_of_once() -> None:
@@ -187,7 +188,7 @@ def test_a_node_whose_blocks_could_not_be_read_is_left_alone_for_a_while() -> No
     rig.loaded(load, failed=(12, 13), now=100.0)
     assert not rig.leader.peers.can_ask("b", now=100.0)
     assert rig.leader.peers.can_ask("b", now=100.0 + SHUN_SECONDS)
-    assert rig.leader.pool.match(chain("ab")) == 2
+    assert rig.leader.tiers.host.match(chain("ab")) == 2
     assert len(rig.effects(GiveBack)) == 1
 
 
@@ -221,17 +222,17 @@ def test_an_engine_that_wants_nothing_of_what_was_promised_gives_all_back() -> N
     rig.leader.arrive("r", chain("ab"), now=0.0)
     rig.leader.match("r", 0, now=0.0)
     rig.leader.load("r", 0, [], now=0.0)
-    assert rig.leader.pool.pinned == 0
-    assert rig.leader.take_commands().loads == ()
+    assert rig.leader.tiers.host.pinned == 0
+    assert rig.leader.take_commands(0.0).loads == ()
 
 
 def test_a_plan_may_be_older_than_half_a_lease_while_it_loads() -> None:
     rig = Rig()
     load = loading_mixed(rig)
     rig.leader.tick(now=LEASE_SECONDS)
-    assert rig.leader.pool.pinned == 2
+    assert rig.leader.tiers.host.pinned == 2
     rig.loaded(load)
-    assert rig.leader.pool.pinned == 0
+    assert rig.leader.tiers.host.pinned == 0
 
 
 def test_a_column_of_failed_blocks_is_understood() -> None:

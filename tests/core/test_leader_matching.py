@@ -88,7 +88,7 @@ def test_the_same_question_has_the_same_answer() -> None:
     rig.save("ab")
     rig.leader.arrive("r", chain("ab"), now=0.0)
     assert [rig.leader.match("r", 0, now=t) for t in (0.0, 1.0, 2.0)] == [2, 2, 2]
-    assert rig.leader.pool.pinned == 2
+    assert rig.leader.tiers.host.pinned == 2
 
 
 def test_an_unknown_request_and_an_empty_chain_match_nothing() -> None:
@@ -355,7 +355,7 @@ def test_time_drops_a_plan_that_nobody_uses() -> None:
     assert rig.leader.match("r", 0, now=0.0) == 2
     rig.leader.tick(now=LEASE_SECONDS)
     assert rig.effect(GiveBack).node == "b"
-    assert rig.leader.pool.pinned == 0
+    assert rig.leader.tiers.host.pinned == 0
 
 
 def test_what_was_promised_can_be_loaded_though_time_goes_on() -> None:
@@ -393,7 +393,7 @@ def test_a_plan_is_made_anew_for_an_engine_that_has_lost_blocks_meanwhile() -> N
     rig.leader.arrive("r", chain("abc"), now=0.0)
     assert rig.leader.match("r", 2, now=0.0) == 1
     assert rig.leader.match("r", 0, now=0.0) == 3
-    assert rig.leader.pool.pinned == 3
+    assert rig.leader.tiers.host.pinned == 3
 
 
 def test_a_request_that_arrives_again_starts_over_and_leaks_nothing() -> None:
@@ -403,4 +403,4 @@ def test_a_request_that_arrives_again_starts_over_and_leaks_nothing() -> None:
         rig.leader.arrive("r", chain("ab"), now=0.0)
         assert rig.leader.match("r", 0, now=0.0) == 2
     rig.leader.finish("r")
-    assert rig.leader.pool.pinned == 0
+    assert rig.leader.tiers.host.pinned == 0

@@ -16,7 +16,7 @@ def events(rig: Rig) -> list[object]:
 def test_a_stored_block_is_saved_and_then_told_of() -> None:
     rig = Rig()
     assert rig.leader.store(chain("ab"), [7, 8]) == (2, [7, 8])
-    (save,) = rig.leader.take_commands().saves
+    (save,) = rig.leader.take_commands(0.0).saves
     assert unpack(save.hashes) == chain("ab")
     assert list(unpack_u32(save.blocks)) == [7, 8]
     assert events(rig) == []
@@ -30,24 +30,24 @@ def test_a_stored_block_is_saved_and_then_told_of() -> None:
 def test_a_block_is_visible_only_when_every_rank_has_it() -> None:
     rig = Rig(world_size=2)
     rig.leader.store(chain("a"), [7])
-    (save,) = rig.leader.take_commands().saves
+    (save,) = rig.leader.take_commands(0.0).saves
     rig.saved(save.op, rank=1)
     assert events(rig) == []
     assert rig.leader.take_freed_blocks() == []
-    assert rig.leader.snapshot()[1] == []
+    assert rig.readable() == []
     rig.saved(save.op, rank=0)
     assert len(events(rig)) == 1
-    assert rig.leader.snapshot()[1] == chain("a")
+    assert rig.readable() == chain("a")
 
 
 def test_a_save_that_failed_on_one_rank_frees_its_slots_and_tells_nobody() -> None:
     rig = Rig(slots=1, world_size=2)
     rig.leader.store(chain("a"), [7])
-    (save,) = rig.leader.take_commands().saves
+    (save,) = rig.leader.take_commands(0.0).saves
     rig.saved(save.op, rank=0, good=False)
-    assert rig.leader.pool.used == 1
+    assert rig.leader.tiers.host.used == 1
     rig.saved(save.op, rank=1)
-    assert rig.leader.pool.used == 0
+    assert rig.leader.tiers.host.used == 0
     assert rig.leader.take_freed_blocks() == [7]
     assert events(rig) == []
     assert not rig.leader.busy
@@ -63,7 +63,7 @@ def test_blocks_that_two_requests_compute_in_one_step_are_saved_once() -> None:
     rig = Rig()
     assert rig.leader.store(chain("ab"), [1, 2]) == (2, [1, 2])
     assert rig.leader.store(chain("abc"), [4, 5, 6]) == (3, [6])
-    (save,) = rig.leader.take_commands().saves
+    (save,) = rig.leader.take_commands(0.0).saves
     assert list(unpack_u32(save.blocks)) == [1, 2, 6]
 
 
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_to_be_offered_again() -> None:
     rig = Rig(slots=2)
     assert rig.leader.store(chain("abc"), [1, 2, 3]) == (2, [1, 2])
     assert rig.leader.store(chain("c"), [3]) == (0, [])
-    (save,) = rig.leader.take_commands().saves
+    (save,) = rig.leader.take_commands(0.0).saves
     rig.saved(save.op)
     assert rig.leader.store(chain("c"), [3]) == (1, [3])
 
@@ -89,7 +89,7 @@ def test_unfinished_saves_hold_no_more_device_blocks_than_allowed() -> None:
     rig = Rig(held_blocks=3)
     assert rig.leader.store(chain("ab"), [1, 2]) == (2, [1, 2])
     assert rig.leader.store(chain("cde"), [3, 4, 5]) == (1, [3])
-    (save,) = rig.leader.take_commands().saves
+    (save,) = rig.leader.take_commands(0.0).saves
     assert rig.leader.store(chain("de"), [4, 5]) == (0, [])
     assert rig.leader.holds_device_blocks
     rig.saved(save.op)
@@ -102,7 +102,7 @@ def test_a_chain_that_makes_room_for_itself_holds_no_more_than_allowed() -> None
     dealt_with, held = rig.leader.store(chain("bca"), [1, 2, 3])
     assert len(held) <= 2
     assert dealt_with == 1
-    assert block("a") in rig.leader.pool
+    assert block("a") in rig.leader.tiers.host
 
 
 def test_reports_of_unknown_saves_change_nothing() -> None:
@@ -117,7 +117,7 @@ def test_a_leader_is_busy_until_all_ranks_have_reported() -> None:
     assert not rig.leader.busy
     rig.leader.store(chain("a"), [1])
     assert rig.leader.busy
-    (save,) = rig.leader.take_commands().saves
+    (save,) = rig.leader.take_commands(0.0).saves
     assert rig.leader.busy
     rig.saved(save.op)
     assert not rig.leader.busy

@@ -10,6 +10,7 @@ from kvbm_service.demo.engine import Engine, EngineFailed, share_cores
 from kvbm_service.errors import SettingError
 from kvbm_service.host_worker import start_worker
 from kvbm_service.network import over_nats
+from kvbm_service.worker_service import RankId
 from kvbm_service.settings import Settings
 from tests.integration.conftest import Engines, Site
 
@@ -46,4 +47,4 @@ def test_a_host_tier_that_is_smaller_than_a_block_is_refused() -> None:
     layers = {"layer": torch.zeros(40, 2, 32, 2, 32)}
     scope, connect = Scope("default", "test"), over_nats(settings, "test")
     with pytest.raises(SettingError, match="one block takes 32768 bytes over all ranks; set at"):
-        start_worker(settings, scope, "node", 0, 2, layers, 40, connect)
+        start_worker(settings, RankId(scope, "node", 0, 2, "life"), layers, 40, connect)

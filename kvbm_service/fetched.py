@@ -1,0 +1,52 @@
+"""Which fetches a rank has carried out: each once, by whatever way and how often it is told.
+
+A fetch can come twice: by the bus, and again with the engine's next step when the answer to the
+first was lost. The second must not write into slots that are in use for something else by then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+from kvbm_schemas.step import Moved
+
+Tell = Callable[[Moved], None]
+
+MAX_REMEMBERED = 4096
+"""Fetches whose outcome is remembered. An older one that comes again is ignored."""
+
+
+class Fetched:
+    """Outcomes by op, and who waits for those that are not known yet. Safe to call from threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._outcomes: OrderedDict[int, Moved | None] = OrderedDict()
+        self._waiting: dict[int, list[Tell]] = {}
+        self._forgotten = 0
+        """Ops up to this one may have been carried out and forgotten."""
+
+    def begin(self, op: int, tell: Tell) -> bool:
+        """Whether `op` is to be carried out now. Whenever its outcome is known, `tell` hears it."""
+        with self._lock:
+            known = op in self._outcomes
+            outcome = self._outcomes.get(op)
+            if outcome is None and (known or op > self._forgotten):
+                self._waiting.setdefault(op, []).append(tell)
+                self._outcomes[op] = None
+        if outcome is not None:
+            tell(outcome)
+        return not known and op > self._forgotten
+
+    def end(self, outcome: Moved) -> None:
+        """It has been carried out."""
+        with self._lock:
+            self._outcomes[outcome.op] = outcome
+            waiting = self._waiting.pop(outcome.op, [])
+            while len(self._outcomes) > MAX_REMEMBERED:
+                op, _ = self._outcomes.popitem(last=False)
+                self._forgotten = max(self._forgotten, op)
+        for tell in waiting:
+            tell(outcome)

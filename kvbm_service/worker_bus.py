@@ -1,0 +1,87 @@
+"""What a worker does on the bus: its record in the directory, and fetches for other nodes' sake."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from kvbm_schemas.codec import Decoder, Malformed, encode
+from kvbm_schemas.records import RankRecord
+from kvbm_schemas.step import Fetch, Moved
+from kvbm_schemas.subjects import Scope, rank_what
+from kvbm_service.adapters.bus import Bus, Delivery
+from kvbm_service.errors import BusError
+from kvbm_service.network import Connect
+from kvbm_service.presence import join
+
+_log = logging.getLogger(__name__)
+
+MAX_UNANSWERED = 256
+"""Fetches whose outcome is still to be told. Beyond, nothing is said, and the leader asks again."""
+
+FetchNow = Callable[[Fetch, Callable[[Moved], None]], None]
+
+
+class WorkerBus:
+    """One rank's presence among the others, on a loop of its own."""
+
+    def __init__(
+        self, record: RankRecord, scope: Scope, connect: Connect, fetch_now: FetchNow
+    ) -> None:
+        self._record = record
+        self._scope = scope
+        self._connect = connect
+        self._fetch_now = fetch_now
+        self._answers: asyncio.Queue[tuple[str, Moved]] = asyncio.Queue(MAX_UNANSWERED)
+        self.rejected = 0
+        """Messages that were no fetch."""
+
+    async def run(self) -> None:
+        """Keep the rank in the directory, whenever that can be reached; until cancelled."""
+        network = await self._connect()
+        try:
+            subject = self._scope.of(self._record.node, rank_what(self._record.rank))
+            await network.bus.subscribe(subject, self._on_fetch)
+            key = ".".join([*self._scope, self._record.node, str(self._record.rank)])
+            membership, _ = await join(network, key, lambda _: encode(self._record))
+            try:
+                await self._answer(network.bus)
+            finally:
+                await membership.leave()
+        finally:
+            await network.bus.close()
+
+    async def _on_fetch(self, delivery: Delivery) -> None:
+        try:
+            fetch = _fetches.decode(delivery.payload)
+        except Malformed as error:
+            if not self.rejected:
+                _log.warning(
+                    "rejected a message on %s: %s (said once)", delivery.subject, error
+                )
+            self.rejected += 1
+            return
+        if fetch.instance != self._record.instance or not delivery.reply:
+            return  # of another life of this node, or of another engine that claims its name
+        loop = asyncio.get_running_loop()
+
+        def tell(moved: Moved) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._put, delivery.reply, moved)
+
+        self._fetch_now(fetch, tell)
+
+    def _put(self, reply: str, moved: Moved) -> None:
+        if not self._answers.full():
+            self._answers.put_nowait((reply, moved))
+
+    async def _answer(self, bus: Bus) -> None:
+        while True:
+            reply, moved = await self._answers.get()
+            with contextlib.suppress(BusError):  # the leader asks again, by the engine's step
+                await bus.publish(reply, encode(moved))
+
+
+_fetches = Decoder(Fetch)
