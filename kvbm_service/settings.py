@@ -212,7 +212,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             "DYN_KVBM_MAX_CONCURRENT_TRANSFERS",
             whole(1, 1024, "transfers"),
-            "How many copies between host and disk may be under way at a time.",
+            "How many copies to and from the disk may be under way at a time, each way.",
         ),
     ] = 4
     max_transfer_batch_size: Annotated[
@@ -289,8 +289,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             "KVBM_STAGING_DEADLINE_MS",
             number(0, 60_000, "milliseconds", scale=0.001),
-            "How much longer a prompt waits for blocks that lie on another node's disk. "
-            "0: those are not asked for.",
+            "How much longer a prompt waits for blocks that lie on another node's disk, and how "
+            "long this node takes at most to bring up those that others wait for.",
             field_kind=number(0, 60, "seconds"),
         ),
     ] = 0.2
@@ -338,8 +338,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Setting(
             "DYN_KVBM_METRICS_PORT",
-            whole(1, 65_535, ""),
-            "The port of /metrics; where it is taken, the next free one.",
+            whole(0, 65_535, ""),
+            "The port of /metrics; where it is taken, the next free one. 0: any free one.",
         ),
     ] = 6880
     metrics_host: Annotated[
@@ -526,13 +526,12 @@ def _warn_once(notice: str) -> None:
     _log.warning(notice)
 
 
-def host_slots(settings: Settings, block_bytes_all_ranks: int) -> int:
-    """The host tier's part of `tier_slots`."""
-    return tier_slots(settings, block_bytes_all_ranks).host
+_HOST_SIZE = "cpu_cache_gb", "cpu_cache_override_num_blocks"
+_DISK_SIZE = "disk_cache_gb", "disk_cache_override_num_blocks"
 
 
 class TierSlots(NamedTuple):
-    """How many blocks each tier holds over all ranks together; 0 if there is no such tier."""
+    """How many blocks fit into each tier; 0 if it is not asked for."""
 
     host: int
     disk: int
@@ -559,10 +558,6 @@ def tier_slots(settings: Settings, block_bytes_all_ranks: int) -> TierSlots:
         _slots(settings, *_HOST_SIZE, block_bytes_all_ranks),
         _slots(settings, *_DISK_SIZE, block_bytes_all_ranks),
     )
-
-
-_HOST_SIZE = "cpu_cache_gb", "cpu_cache_override_num_blocks"
-_DISK_SIZE = "disk_cache_gb", "disk_cache_override_num_blocks"
 
 
 def _slots(settings: Settings, gb_field: str, blocks_field: str, block_bytes: int) -> int:

@@ -225,7 +225,7 @@ BAD = [
     ("KVBM_PREFETCH_SHARE", "12.5", "a number from 0 to 1"),
     ("KVBM_STAGING_DEADLINE_MS", "-1", "a number of milliseconds from 0 to 60000"),
     ("DYN_KVBM_METRICS", "prometheus", "1, true, yes or on; 0, false, no or off"),
-    ("DYN_KVBM_METRICS_PORT", "65536", "a whole number from 1 to 65535"),
+    ("DYN_KVBM_METRICS_PORT", "65536", "a whole number from 0 to 65535"),
     ("KVBM_METRICS_HOST", "http://here", "an address or a host's name"),
     ("DYN_KVBM_CACHE_STATS_MAX_REQUESTS", "0", "a whole number of requests from 1 to 1000000"),
     ("DYN_KVBM_CACHE_STATS_LOG_INTERVAL_SECS", "-1", "a number of seconds from 0 to 86400"),
@@ -311,6 +311,14 @@ def test_the_guides_other_names_are_said_to_be_unused_and_are_no_typos(
     )
     reason = re.compile(r"is set, but not used yet in this version: \w+ .+")
     assert all(reason.search(line) for line in caplog.messages)
+
+
+def test_the_readme_lists_every_setting_with_its_default_and_meaning() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for field, setting in TABLE.items():
+        value = setting.kind.show(getattr(Settings(), field))
+        shown = str(value).lower() if isinstance(value, bool) else str(value) or "–"
+        assert f"| `{setting.variable}` | {shown} | {setting.meaning} |" in readme
 
 
 def test_no_name_is_both_a_setting_and_unused() -> None:
