@@ -9,36 +9,45 @@ so whoever finds the expected header *after* reading a slot has read that block 
 order in which the two become visible is the order in which they are written: the GIL is
 handed over between header and copy, both ways, and its lock is a fence for all stores.
 
-The memory is private and anonymous on purpose. Huge pages are the reason: NIXL reads it
-from another process through the kernel, page by page, and shared memory files have no huge
-pages unless the host's administrator allows them. It also
-means that nothing is left behind after kill -9.
+At any moment a header with a fill stamp is right: its fill is cleared first and set last. So
+a slab in lasting memory (slab_memory.py) can be believed after its process was killed, and
+`contents` says what is in it (docs/adr/0007).
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import mmap
 from itertools import accumulate
+from mmap import PAGESIZE
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from kvbm_schemas.records import SlabRecord
+from kvbm_service.adapters import slab_memory
+from kvbm_service.adapters.disk import Contents
 from kvbm_service.adapters.mover import HEADER, HEADER_PAGE, Blocks, Indices, Mask
-from kvbm_service.errors import LayoutError
 
 Headers = npt.NDArray[np.void]
 """An array of `HEADER`."""
 
+Words = npt.NDArray[np.uint64]
+"""One of the two words of each name."""
+
 EMPTY_FILL = 0
 """The fill stamp of a header that names nothing."""
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+"""Spreads one word of a name over the other."""
 
 
 class Slab:
     """`slots` headers and `slots` blocks, each the concatenation of its `parts`.
+
+    With `file`, a path in a home of ours (homes.py) on a file system in memory, the slab is
+    that file: it stays after us, and one that was left there for the same slots, parts and
+    `identity` (of whatever else the bytes depend on) is taken over with its blocks. Where
+    that cannot be, it is private memory, with a warning.
 
     Every page is touched while this is constructed, so the memory is really there.
 
@@ -46,7 +55,9 @@ class Slab:
         LayoutError: the machine has not that much memory.
     """
 
-    def __init__(self, slots: int, parts: tuple[int, ...]) -> None:
+    def __init__(
+        self, slots: int, parts: tuple[int, ...], file: Path | None = None, identity: str = ""
+    ) -> None:
         assert slots > 0
         assert min(parts) > 0
         self.slots = slots
@@ -54,14 +65,37 @@ class Slab:
         self.offsets = (0, *accumulate(parts))[:-1]
         self.slot_bytes = sum(parts)
         padded = -(-slots // HEADER_PAGE) * HEADER_PAGE * HEADER.itemsize
-        table = -(-padded // mmap.PAGESIZE) * mmap.PAGESIZE
+        table = -(-padded // PAGESIZE) * PAGESIZE
         self.nbytes = table + slots * self.slot_bytes
-        self._memory = _map(self.nbytes)
-        octets = np.frombuffer(self._memory, np.uint8)
+        layout = f"{slots} {parts} {identity}"
+        found = slab_memory.lasting(file, self.nbytes, layout) if file is not None else None
+        self._memory = found or slab_memory.private(self.nbytes)
+        self.survives = self._memory.lasting
+        self._file = file if self.survives else None
+        octets = self._memory.octets
         self.start = int(octets.ctypes.data)
         self.base = self.start + table
         self.headers: Headers = octets[: slots * HEADER.itemsize].view(HEADER)
-        ctypes.memset(self.start, 0, self.nbytes)
+        self.blocks = octets[table:].reshape(slots, self.slot_bytes)
+
+    def contents(self) -> Contents:
+        """What an earlier life left here. Ask before the first write."""
+        slots = np.flatnonzero(self.headers["fill"] != EMPTY_FILL)
+        slots = slots[np.argsort(self.headers["fill"][slots], kind="stable")]
+        hashes = self.headers["hash"]
+        words = hashes[:, 0][slots], hashes[:, 1][slots]  # several times faster than rows
+        newest = _last_of_each(*words)
+        slots = slots[newest]
+        return Contents(
+            hashes=np.stack([word[newest] for word in words], axis=1),
+            fills=self.headers["fill"][slots],
+            slots=slots.astype(np.uint32),
+        )
+
+    def forget(self) -> None:
+        """Let no later life find what is here. This one goes on with it."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
     def record(self) -> SlabRecord:
         """Where the slab lies, for other nodes."""
@@ -76,7 +110,7 @@ class Slab:
 
     def clear(self, slots: Indices) -> None:
         """Let the headers of `slots` name nothing."""
-        self.headers[slots] = np.zeros((), HEADER)
+        self.headers["fill"][slots] = EMPTY_FILL
 
     def stamp(self, blocks: Blocks, checksums: npt.NDArray[np.uint64]) -> None:
         """Let the headers of `blocks.slots` name these blocks, `fill` last."""
@@ -90,10 +124,10 @@ class Slab:
         return self.headers[slots]
 
     def close(self) -> None:
-        """Give the memory back; nothing may point into it any more."""
+        """Give the memory back; nothing may point into it any more. A file stays."""
         self.headers = np.zeros(0, HEADER)
-        with contextlib.suppress(BufferError):  # someone holds a view: freed along with it
-            self._memory.close()
+        self.blocks = np.zeros((0, self.slot_bytes), np.uint8)
+        self._memory.close()
 
 
 def names(headers: Headers, blocks: Blocks) -> Mask:
@@ -102,28 +136,14 @@ def names(headers: Headers, blocks: Blocks) -> Mask:
     return np.asarray(same & (headers["fill"] == blocks.fills), np.bool_)
 
 
-def _map(nbytes: int) -> mmap.mmap:
-    available = _available_bytes()
-    if nbytes > available:
-        raise LayoutError(
-            f"a host tier of {nbytes} bytes does not fit into the {available} bytes of memory "
-            "that are available: set DYN_KVBM_CPU_CACHE_GB lower"
-        )
-    try:
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise LayoutError(
-            f"no memory for a host tier of {nbytes} bytes ({error.strerror}): "
-            "set DYN_KVBM_CPU_CACHE_GB lower"
-        ) from error
-    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
-        with contextlib.suppress(OSError):  # a kernel built without it
-            memory.madvise(advice)
-    return memory
+def _last_of_each(first: Words, second: Words) -> Mask:
+    """True for the last of each name that occurs, as told by a mixture of its two words.
 
-
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise LayoutError("/proc/meminfo does not say how much memory is available")
+    Names that differ mix to the same word as good as never, and then a block is lost.
+    """
+    mixed = first ^ second * _ODD
+    order = np.argsort(mixed, kind="stable")
+    in_order = mixed[order]
+    last = np.ones(len(mixed), np.bool_)
+    last[order[:-1][in_order[1:] == in_order[:-1]]] = False
+    return last

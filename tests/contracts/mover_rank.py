@@ -91,9 +91,7 @@ class Rank:
 
     def flip_a_bit(self, slot: int) -> None:
         """Damage one byte in the middle of `slot`, as failing memory would."""
-        at = self.slab.base - self.slab.start + slot * self.slab.slot_bytes
-        octets = np.frombuffer(self.slab._memory, np.uint8)
-        octets[at + self.slab.slot_bytes // 2] ^= 4
+        self.slab.blocks[slot, self.slab.slot_bytes // 2] ^= 4
 
     def close(self) -> None:
         self.mover.close()
