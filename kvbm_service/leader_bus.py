@@ -92,6 +92,7 @@ class LeaderBus:
             async with asyncio.TaskGroup() as self._tasks:
                 self._tasks.create_task(self._send())
                 self._tasks.create_task(self._tick())
+                self._tasks.create_task(self._log_hit_rates())
                 await self._meet_ranks()
                 self._tasks.create_task(self._take_part())
                 watch = await self._watch(self._on_peer, self._key_prefix)
@@ -400,6 +401,12 @@ class LeaderBus:
 
             self._leader.on_core(tick, None)
             await asyncio.sleep(TICK_SECONDS)
+
+    async def _log_hit_rates(self) -> None:
+        interval = self._leader.settings.cache_stats_log_interval_seconds
+        while interval:
+            await asyncio.sleep(interval)
+            self._leader.log_hit_rates()
 
     # -- small things ------------------------------------------------------------------------
 

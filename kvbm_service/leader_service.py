@@ -70,6 +70,7 @@ class LeaderService:
         self._engine_events: list[BlockEvent] = []
         self._keep_engine_events = engine_wants_events
         self.metrics = Metrics(block_tokens, settings.cache_stats_max_requests)
+        self._said_rates = self.metrics.hit_rates()
         self._metrics_server: metrics_server.MetricsServer | None = None
         self._survivors: dict[int, tuple[Survivors, ...]] = {}
         """What ranks brought along from an earlier life, until the core is there."""
@@ -261,6 +262,17 @@ class LeaderService:
     def ready(self) -> bool:
         """Whether all ranks have reported."""
         return self._core is not None
+
+    def log_hit_rates(self) -> None:
+        """Say how often requests find their blocks, if that has changed."""
+        rates = self.metrics.hit_rates()
+        if rates != self._said_rates:
+            self._said_rates = rates
+            _log.info(
+                "found of the blocks wanted lately: %.1f %% in the host tier, %.1f %% on disk, "
+                "%.1f %% on other nodes",
+                100 * rates.host, 100 * rates.disk, 100 * rates.remote,
+            )  # fmt: skip
 
     def record(self, epoch: int) -> bytes:
         """What the directory says about this node in its life `epoch`."""
