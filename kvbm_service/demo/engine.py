@@ -344,6 +344,7 @@ def engine_environment(options: EngineOptions) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "HF_HOME": str(state),
         "HF_HUB_OFFLINE": "1",
+        "KVBM_HOST_CACHE_DIR": "none",  # nothing stays behind, unless someone wants it to
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_COMPILE_DISABLE": "1",  # it would need a C++ compiler, and 25 s at the first prompt
         "TRANSFORMERS_OFFLINE": "1",
