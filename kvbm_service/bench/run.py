@@ -43,6 +43,10 @@ def _measure(group: str, say: Callable[[str], None]) -> list[Row]:
             from kvbm_service.bench import remote
 
             return remote.rows()
+        case "disk":
+            from kvbm_service.bench import disk
+
+            return disk.rows()
         case "leader":
             from kvbm_service.bench import leader
 
