@@ -26,6 +26,11 @@ def seeds(hashes: npt.NDArray[np.uint64]) -> Column:
     return hashes[:, 0] ^ (hashes[:, 1] * _ODD)
 
 
+def compile_loops() -> None:
+    """Compile what the functions below need: takes a moment, which no first request should."""
+    _sum_loop(), _copy_sum_loop(), _copy_proven_loop()
+
+
 def checksums(addresses: Column, nbytes: int, seeds: Column) -> Column:
     """xxh3-64 of the `nbytes` at each address, with a seed each."""
     sums = np.zeros(len(addresses), np.uint64)

@@ -78,6 +78,7 @@ class DiskIndex:
         header = _HEADER.pack(_MAGIC, VERSION, ENTRY.itemsize, slots, slot_bytes, digest)
         self._salt = np.frombuffer(hashlib.sha256(header).digest(), np.uint64)[0]
         self._entries: Entries = np.zeros(slots, ENTRY)
+        _write_loop()  # compiled now: the first block should not wait for it
         self._all = np.arange(slots, dtype=np.uint32)
         try:
             self._fd = self._open(path, header.ljust(HEADER_BYTES, b"\0"))

@@ -46,10 +46,10 @@ _log = logging.getLogger(__name__)
 
 Operation = Literal["READ", "WRITE"]
 
-BOUNCE_BYTES = 64 << 20
-"""Of memory per lane; batches of large blocks shrink to fit."""
+BATCH_BYTES = 8 << 20
+"""A batch is not larger, unless one block is."""
 
-BATCH_BYTES = 1 << 20
+LEAST_BATCH_BYTES = 1 << 20
 """A transfer is not split into batches smaller than this."""
 
 POLL_SECONDS = 0.000_05
@@ -135,8 +135,10 @@ class Lane:
         self._slots = slots
         self._row_bytes = row_bytes
         self._tier = tier
-        self._parts = batches
-        self._part_rows = max(1, min(batch_blocks, BOUNCE_BYTES // (row_bytes * batches)))
+        self._at_a_time = batches
+        self._parts = batches + 1
+        """One more: a batch is prepared, or looked at, while others are under way."""
+        self._part_rows = max(1, min(batch_blocks, BATCH_BYTES // row_bytes))
         self._backend = backend
         self.slab = slab
         """Where blocks may also be written from."""
@@ -168,12 +170,14 @@ class Lane:
         under_way: deque[Batch] = deque()
         try:
             for batch in self._batches(slots, slab_rows):
-                if len(under_way) == self._parts:
-                    settle(under_way[0], self._finish(under_way))
-                    under_way.popleft()
                 prepare(batch)
-                under_way.append(batch)
-                self._start(batch)
+                if len(under_way) < self._at_a_time:
+                    self._start(batch, under_way)
+                    continue
+                came_through = self._finish(under_way)
+                self._start(batch, under_way)  # before we turn to the bytes of the finished one
+                settle(under_way[0], came_through)
+                under_way.popleft()
             while under_way:
                 settle(under_way[0], self._finish(under_way))
                 under_way.popleft()
@@ -188,8 +192,8 @@ class Lane:
         self._tier.unpin(self._bounce.address)
 
     def _batches(self, slots: Indices, slab_rows: Indices | None) -> Iterator[Batch]:
-        spread = -(-len(slots) // self._parts)
-        size = min(self._part_rows, max(spread, BATCH_BYTES // self._row_bytes, 1))
+        spread = -(-len(slots) // self._at_a_time)
+        size = min(self._part_rows, max(spread, LEAST_BATCH_BYTES // self._row_bytes, 1))
         for number, at in enumerate(range(0, len(slots), size)):
             some = slice(at, min(at + size, len(slots)))
             if slab_rows is not None:
@@ -202,7 +206,8 @@ class Lane:
 
     # -- one batch -----------------------------------------------------------------------------
 
-    def _start(self, batch: Batch) -> None:
+    def _start(self, batch: Batch, under_way: deque[Batch]) -> None:
+        under_way.append(batch)
         local = self._in_slab if batch.memory is self.slab else self._in_bounce
         batch.handle = self._agent.make_prepped_xfer(
             self._operation,

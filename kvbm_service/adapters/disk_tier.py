@@ -23,7 +23,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kvbm_service.adapters.checksums import checksums, copy_checksums, copy_proven, seeds
+from kvbm_service.adapters.checksums import (
+    checksums,
+    compile_loops,
+    copy_checksums,
+    copy_proven,
+    seeds,
+)
 from kvbm_service.adapters.disk import Contents, DiskLost
 from kvbm_service.adapters.disk_file import ALIGNMENT, DiskFile
 from kvbm_service.adapters.disk_index import NOTHING, DiskIndex, names
@@ -94,6 +100,7 @@ class DiskTier:
             LayoutError: no room, no rights, no fallocate, or NIXL's backend does not start.
             TransferError: the buffers cannot be pinned.
         """
+        compile_loops()
         slab = host.slab
         padded = -(-slab.slot_bytes // ALIGNMENT) * ALIGNMENT
         aligned = padded == slab.slot_bytes and slab.base % ALIGNMENT == 0
@@ -179,17 +186,16 @@ class DiskTier:
     def fetch(self, hop: Hop) -> Mask:
         self._check(hop.source, len(hop.hashes), len(hop.fills), len(hop.target))
         self._host.check_slots(hop.target)
-        slab = self._host.slab
-        slab.clear(hop.target)
+        self._host.slab.clear(hop.target)
+        target = self._slab.addresses(hop.target)
 
         def bring(which: Which, found: Column, seeds: Column, expected: Column) -> Mask:
-            slots = hop.target[which]
-            to, block = self._slab.addresses(slots), self._slab.stride
-            right = copy_proven(to, found, block, self._padded, seeds, expected)
-            self._host.stamp(slots[right], hop.hashes[which][right], hop.fill)
-            return right
+            block = self._slab.stride
+            return copy_proven(target[which], found, block, self._padded, seeds, expected)
 
-        return self._read(hop.hashes, hop.fills, hop.source, bring)
+        arrived = self._read(hop.hashes, hop.fills, hop.source, bring)
+        self._host.stamp(hop.target[arrived], hop.hashes[arrived], hop.fill)
+        return arrived
 
     def close(self) -> None:
         self._writer.close()
@@ -236,19 +242,19 @@ class DiskTier:
         entries = self._index.look(slots)
         arrived = names(entries, hashes, fills)
         (asked,) = np.nonzero(arrived)
-        named = seeds(hashes)
+        named, expected = seeds(hashes), np.ascontiguousarray(entries["checksum"])
 
         def settle(batch: Batch, came_through: Mask) -> None:
             which = asked[batch.some]
-            arrived[which] = came_through
             read = which[came_through]
-            right = bring(
-                read, batch.addresses[came_through], named[read], entries["checksum"][read]
-            )
-            arrived[read] = right
-            self._count_mismatches(int(np.count_nonzero(~right)))
-            bad = which[~arrived[which]]
-            self._index.drop(slots[bad], entries[bad])
+            right = bring(read, batch.addresses[came_through], named[read], expected[read])
+            if not right.all():
+                self._count_mismatches(int(np.count_nonzero(~right)))
+            if len(read) < len(which) or not right.all():
+                arrived[which] = False
+                arrived[read] = right
+                bad = which[~arrived[which]]
+                self._index.drop(slots[bad], entries[bad])
 
         with self._or_lost():
             self._reader.transfer(slots[asked], _nothing, settle)
@@ -275,14 +281,13 @@ class DiskTier:
             raise TransferError(f"a disk slot is not below {self.slots}")
 
     def _count_mismatches(self, count: int) -> None:
-        if count:
-            self.mismatches += count
-            if time.monotonic() - self._logged > LOG_SECONDS:
-                self._logged = time.monotonic()
-                _log.warning(
-                    "disk tier: %d blocks were not what was written, and are dropped; "
-                    "%d since the start", count, self.mismatches,
-                )  # fmt: skip
+        self.mismatches += count
+        if time.monotonic() - self._logged > LOG_SECONDS:
+            self._logged = time.monotonic()
+            _log.warning(
+                "disk tier: %d blocks were not what was written, and are dropped; "
+                "%d since the start", count, self.mismatches,
+            )  # fmt: skip
 
 
 def _nothing(batch: Batch) -> None:
