@@ -34,11 +34,13 @@ _SHARDS = 256
 """As many as the first byte of a name tells apart."""
 _SHARD_ENTRIES = 4096
 """Where all blocks fit into fewer shards of so many, fewer do."""
-_TURNS_PER_NEWCOMER = 16
-"""Above 1, so that what is forgotten goes faster than new blocks come."""
+_NEWCOMERS = 8
+"""After so many new blocks in a shard, some of those that are due to be forgotten are,"""
+_TURNS = 64
+"""at most so many: more than have come, so that the shard shrinks."""
 _MOST_TURNS = 128
-"""When so many have moved on in a full shard, the next one is forgotten in any case."""
-assert _TURNS_PER_NEWCOMER < _MOST_TURNS
+"""Where a shard is full and so many have moved on, the next one is forgotten in any case."""
+assert _NEWCOMERS < _TURNS < _MOST_TURNS
 
 
 class OffloadFilter:
@@ -112,7 +114,9 @@ class _Shard:
         step = lasts[0]
         last = self.last.get(block)
         if last is None:
-            self._make_room(step)
+            known = len(self.last)
+            if known >= self._limit or known % _NEWCOMERS == 0:
+                self._make_room(step)
             self._wait(block, step)
         elif last >= step:
             frequency = min(2 * (last - step + 1), HIGHEST_FREQUENCY)
@@ -126,21 +130,21 @@ class _Shard:
         last, steps = self.last, self._steps
         for turn in range(_MOST_TURNS + 1):
             full = len(last) >= self._limit
-            if not full and (turn >= _TURNS_PER_NEWCOMER or not steps):
+            if not full and (turn >= _TURNS or not steps):
                 return
             lowest = steps[0]
             queue = self._queues[lowest]
             block = queue[0]
-            moves_on = last[block] != lowest
-            if not full and not moves_on and lowest >= step:
-                return
+            due = last[block]
+            if due == lowest >= step and not full:
+                return  # this one is still wanted, and so are all others
             queue.popleft()
             if not queue:
                 del self._queues[heapq.heappop(steps)]
-            if moves_on and turn < _MOST_TURNS:
-                self._wait(block, last[block])
-            else:
+            if due == lowest or due < step or turn == _MOST_TURNS:
                 del last[block]
+            else:
+                self._wait(block, due)
 
     def _wait(self, block: BlockHash, step: int) -> None:
         queue = self._queues.get(step)
