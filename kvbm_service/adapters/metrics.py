@@ -78,6 +78,7 @@ FAILURES: Vocabulary = (
     ("lost", ("the disk fail", "the disk has not", "given up", "lost", "read-only")),
     ("timeout", ("too long", "timed out", "timeout", "deadline", "in time")),
     ("unreachable", ("connect", "is gone", "not in this process", "unreachable", "no answer")),
+    ("internal", ("internal error",)),
     ("io_error", ("input/output", "i/o", "errno", "device failed", "driver refused")),
 )
 """Why blocks did not arrive."""

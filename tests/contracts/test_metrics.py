@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -19,7 +20,12 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from kvbm_schemas.block import Tier
 from kvbm_schemas.records import TierStatus
 from kvbm_service.adapters.metrics import Metrics, failure_label, refusal_label
-from kvbm_service.adapters.metrics_server import MetricsServer, serve
+from kvbm_service.adapters.metrics_server import (
+    IDLE_SECONDS,
+    MAX_CONNECTIONS,
+    MetricsServer,
+    serve,
+)
 from kvbm_service.core.accounts import Looked, Path, Refusal, Transferred
 from kvbm_service.errors import SettingError
 
@@ -245,7 +251,7 @@ def test_lookups_are_timed_apart_by_whether_they_were_answered(metrics: Metrics)
 def test_tiers_are_read_anew_by_every_scrape(metrics: Metrics) -> None:
     tiers = [TierStatus(Tier.HOST, 100, 40, 3), TierStatus(Tier.DISK, 1000, 7, 0)]
     evicted = {Tier.HOST: 5, Tier.DISK: 0}
-    metrics.watch_tiers(lambda: tiers, lambda: evicted)
+    metrics.watch_tiers(lambda: tuple(tiers), evicted.copy)
     found = samples(metrics)
     assert found['kvbm_tier_capacity_blocks{tier="disk"}'] == 1000
     assert found['kvbm_tier_used_blocks{tier="host"}'] == 40
@@ -368,10 +374,24 @@ def test_whoever_only_holds_a_connection_open_keeps_no_scrape_waiting(
 def test_a_closed_server_leaves_no_thread_and_frees_its_port(metrics: Metrics) -> None:
     before = set(threading.enumerate())
     server = serve(metrics, "127.0.0.1", 0)
-    with socket.create_connection(("127.0.0.1", server.port)):
-        get(server, "/metrics")  # the connection before it has been accepted, too
+    with contextlib.ExitStack() as idle:
+        for _ in range(20):
+            idle.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        get(server, "/metrics")  # those before it have been accepted, too
+        began = time.monotonic()
         server.close()
         assert set(threading.enumerate()) <= before
+        assert time.monotonic() - began < IDLE_SECONDS / 2, "whoever is idle is not waited for"
     again = serve(metrics, "127.0.0.1", server.port)
     assert again.port == server.port
     again.close()
+
+
+def test_more_connections_than_there_is_room_for_are_closed_at_once(
+    metrics: Metrics, server: MetricsServer
+) -> None:
+    with contextlib.ExitStack() as idle:
+        for _ in range(MAX_CONNECTIONS):
+            idle.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as one_more:
+            assert one_more.recv(1) == b""

@@ -70,7 +70,7 @@ def prometheus(folder: Path, targets: Sequence[str]) -> Iterator[Prometheus]:
         job["scrape_interval"] = job["scrape_timeout"] = f"{SCRAPE_SECONDS * 1000:.0f}ms"
         job["static_configs"] = [{"targets": list(targets)}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    url = f"http://127.0.0.1:{_free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     log = folder / "prometheus.log"
     command = [
         program("prometheus"),
@@ -90,7 +90,8 @@ def prometheus(folder: Path, targets: Sequence[str]) -> Iterator[Prometheus]:
         server.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody has just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
