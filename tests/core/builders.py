@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from kvbm_schemas import step
-from kvbm_schemas.block import HASH_BYTES, BlockHash, Tier
+from kvbm_schemas.block import HASH_BYTES, BlockHash, Tier, pack
 from kvbm_schemas.records import NodeRecord, RankRecord, SlabRecord
 from kvbm_schemas.requests import Leased, Located, Segment
 from kvbm_service.core.columns import pack_u32, pack_u64
 from kvbm_service.core.effects import Effect
 from kvbm_service.core.leader import Leader, Limits
 
+INSTANCE = "this life"
 LOOKUP_SECONDS = 0.02
 LEASE_SECONDS = 30.0
 E = TypeVar("E")
@@ -29,7 +31,12 @@ def chain(names: str) -> list[BlockHash]:
 
 
 def rank_record(
-    node: str = "me", rank: int = 0, world_size: int = 1, slots: int = 8, life: int = 1
+    node: str = "me",
+    rank: int = 0,
+    world_size: int = 1,
+    slots: int = 8,
+    life: int = 1,
+    disk_slots: int = 0,
 ) -> RankRecord:
     """What a worker says of itself."""
     slab = SlabRecord(base=0, headers=0, slots=slots, slot_bytes=64, header_bytes=32)
@@ -40,6 +47,7 @@ def rank_record(
         agent=f"{node}/{rank}/{life}",
         agent_metadata=b"",
         slab=slab,
+        disk_slots=disk_slots,
     )
 
 
@@ -52,12 +60,20 @@ class Rig:
     """A leader and both of its sides, driven by hand."""
 
     def __init__(
-        self, slots: int = 8, world_size: int = 1, online: bool = True, held_blocks: int = 1024
+        self,
+        slots: int = 8,
+        world_size: int = 1,
+        online: bool = True,
+        held_blocks: int = 1024,
+        disk: int = 0,
+        **limits: Any,
     ) -> None:
-        limits = Limits(LOOKUP_SECONDS, LEASE_SECONDS, 10.0, held_blocks)
-        ranks = [rank_record("me", r, world_size, slots) for r in range(world_size)]
+        chosen = Limits(LOOKUP_SECONDS, LEASE_SECONDS, 10.0, held_blocks)._replace(**limits)
+        ranks = [
+            rank_record("me", r, world_size, slots, disk_slots=disk) for r in range(world_size)
+        ]
         self.world_size = world_size
-        self.leader = Leader(ranks, limits)
+        self.leader = Leader(ranks, chosen, INSTANCE)
         self.leader.online = online
         self.leader.journal.begin(1, empty=True)
 
@@ -85,10 +101,49 @@ class Rig:
 
     def saved(self, op: int, rank: int = 0, good: bool = True) -> None:
         """One rank has come to the end of a save."""
-        failed = b"" if good else pack_u32(range(64))
-        moved = step.Moved(op=op, failed=failed, reason="" if good else "broken")
-        self.leader.report(step.StepResults(rank=rank, moved=(moved,)), now=0.0)
+        self.moved(op, rank, failed=() if good else range(64))
+
+    def moved(
+        self,
+        op: int,
+        rank: int = 0,
+        failed: Iterable[int] = (),
+        seconds: float = 0.0,
+        now: float = 0.0,
+    ) -> None:
+        """One rank has come to the end of a move."""
+        column = pack_u32(failed)
+        reason = "broken" if column else ""
+        moved = step.Moved(op=op, failed=column, reason=reason, seconds=seconds)
+        self.leader.report(step.StepResults(rank=rank, moved=(moved,)), now)
         self.leader.check_integrity()
+
+    def all_moved(self, op: int, failed: Iterable[int] = (), now: float = 0.0) -> None:
+        """Every rank has come to the end of a move."""
+        for rank in range(self.world_size):
+            self.moved(op, rank, failed, now=now)
+
+    def on_disk(self, names: str) -> None:
+        """These blocks are on the disk: an earlier life has left them there."""
+        self.find(Tier.DISK, names)
+        self.leader.take_effects()
+
+    def find(self, tier: Tier, names: str, first_slot: int | None = None) -> int:
+        """Every rank has found these blocks, and the leader takes them over."""
+        first = self.leader.tiers.pool(tier).used if first_slot is None else first_slot
+        found = survivors(tier, names, range(first, first + len(names)))
+        adopted = self.leader.adopt([found] * self.world_size)
+        self.leader.check_integrity()
+        return adopted
+
+    def lose_disk(self, rank: int = 0) -> None:
+        """One rank has given its disk up."""
+        self.leader.report(step.StepResults(rank=rank, disk_lost="it is gone"), now=0.0)
+        self.leader.check_integrity()
+
+    def accounts(self, kind: type[E]) -> list[E]:
+        """What the core tells of its work, of one kind; the rest is forgotten."""
+        return [account for account in self.leader.take_accounts() if isinstance(account, kind)]
 
     def loaded(
         self, load: step.Load, rank: int = 0, failed: tuple[int, ...] = (), now: float = 0.0
@@ -104,10 +159,23 @@ class Rig:
         """What a snapshot says of a tier."""
         return dict(self.leader.snapshot()[1])[tier]
 
+    def step(self, now: float = 0.0) -> step.StepCommands:
+        """What the ranks have to do around the coming forward pass."""
+        commands = self.leader.take_commands(now)
+        self.leader.check_integrity()
+        return commands
+
     def load_command(self) -> step.Load:
         """The only load of this step."""
-        (load,) = self.leader.take_commands(0.0).loads
+        (load,) = self.step().loads
         return load
+
+    def load(self, names: str, device_blocks: Sequence[int], request: str = "r") -> step.Load:
+        """A request loads all of these blocks, for which nobody has to be asked."""
+        self.leader.arrive(request, chain(names), now=0.0)
+        assert self.leader.match(request, 0, now=0.0) == len(names)
+        self.leader.load(request, 0, device_blocks, now=0.0)
+        return self.load_command()
 
     # -- the bus's side
 
@@ -143,3 +211,14 @@ def leased(
         agents=tuple(f"{node}/{rank}/{life}" for rank in range(world_size)),
     )
 
+
+
+def survivors(
+    tier: Tier, names: str, slots: Iterable[int], fills: Iterable[int] | None = None
+) -> step.Survivors:
+    """What a rank says it has found: these blocks, oldest first, in these slots."""
+    places = list(slots)
+    stamps = fills or range(1000, 1000 + len(names))
+    return step.Survivors(
+        tier=tier, hashes=pack(chain(names)), slots=pack_u32(places), fills=pack_u64(stamps)
+    )
