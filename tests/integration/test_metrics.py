@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,12 +12,11 @@ from tests.deploy import dashboard
 from tests.deploy.dashboard import Question
 from tests.deploy.prometheus_server import Prometheus, free_port, prometheus
 from tests.integration.conftest import Engines, Site
+from tests.integration.counted import address_in, grown, scrape
 from tests.integration.node import HOST_BLOCKS, Node, prompt
 
 BLOCKS = 6
 DISK_BLOCKS = 64
-COUNTED_SECONDS = 30.0
-"""What the ranks have done is counted with the engine's next steps."""
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +40,8 @@ def node(
 
 @pytest.fixture(scope="module")
 def address(node: Node) -> str:
-    """Where the engine's log says that the metrics are."""
-    (found,) = re.findall(r"metrics are served at http://(\S+)/metrics", node.log)
-    return str(found)
+    """Where its metrics are."""
+    return address_in(node.log)
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +63,6 @@ def work(node: Node) -> Callable[[], None]:
             node.forget_device()
 
     return work
-
-
-def scrape(address: str) -> dict[str, float]:
-    """The engine's samples."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, _, value in pairs}
-
-
-def grown(
-    address: str, before: dict[str, float], enough: Callable[[dict[str, float]], bool]
-) -> dict[str, float]:
-    """What has changed since `before`, as soon as it is enough; fails if it never is."""
-    deadline = time.monotonic() + COUNTED_SECONDS
-    while True:
-        now = scrape(address)
-        changed = {name: now[name] - before.get(name, 0.0) for name in now}
-        if enough(changed):
-            return changed
-        assert time.monotonic() < deadline, {name: by for name, by in changed.items() if by}
-        time.sleep(0.1)
 
 
 def test_blocks_are_counted_when_they_come_and_go(node: Node, address: str) -> None:
@@ -123,7 +96,7 @@ def test_blocks_used_again_go_to_disk_and_come_back_from_there(node: Node, addre
     for number in range(2 * HOST_BLOCKS // BLOCKS):  # until the host tier holds none of them
         node.ask(prompt(("others", number), BLOCKS), max_tokens=1)
     node.forget_device()
-    written = grown(address, before, lambda by: True)["kvbm_offload_blocks_h2d"]
+    written = grown(address, before)["kvbm_offload_blocks_h2d"]
     assert written == BLOCKS, "the filter keeps off the disk what nobody asked for twice"
     before = scrape(address)
     assert node.ask(question).cached_tokens == BLOCKS * BLOCK_TOKENS
