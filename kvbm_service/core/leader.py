@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from kvbm_schemas import step
-from kvbm_schemas.block import BlockHash, Tier, pack
+from kvbm_schemas.block import HASH_BYTES, BlockHash, Tier, pack
 from kvbm_schemas.events import Beat, Loaded, Source
 from kvbm_schemas.message import MAX_BATCH_BLOCKS
 from kvbm_schemas.records import RankRecord, TierStatus
@@ -171,6 +171,7 @@ class Leader:
         reader.computed = computed
         if reader.patience is None:
             reader.patience = now + 2 * self._limits.lookup_seconds
+            reader.staging = False
         found = self._advance(request, reader, computed, now)
         if found is not None:
             reader.patience = None
@@ -308,11 +309,8 @@ class Leader:
     @property
     def busy(self) -> bool:
         """Whether ranks still have something to report, or to be told."""
-        moves = self.orders.moves
-        only_staging = len(moves) == moves.under_way[Path.DISK_TO_HOST]
-        return bool(
-            self._loads or not only_staging or self.orders.waiting or len(self.spills)
-        )
+        awaited = self._loads or self.orders.moves.step_awaited
+        return bool(awaited or self.orders.waiting or len(self.spills))
 
     @property
     def holds_device_blocks(self) -> bool:
@@ -385,7 +383,10 @@ class Leader:
 
         None: they are on disk only, and the effect `Answer` follows when they have come up.
         """
-        return self.lending.acquire(hashes, token, self.journal.epoch, now, self._effects)
+        answer = self.lending.acquire(hashes, token, self.journal.epoch, now, self._effects)
+        if isinstance(answer, Refused):
+            self._tell(Refusal(answer.reason, len(hashes) // HASH_BYTES))
+        return answer
 
     def release(self, token: str) -> None:
         """The reader is done. An unknown token changes nothing."""
@@ -451,9 +452,9 @@ class Leader:
         patient = reader.patience is None or now < reader.patience
         return self.online and patient and self._limits.lookup_seconds > 0
 
-    def _answer_by(self, reader: Reader, now: float) -> float:
+    def _answer_by(self, reader: Reader, now: float, staging: float = 0.0) -> float:
         """When a question asked now counts as unanswered."""
-        deadline = now + self._limits.lookup_seconds
+        deadline = now + self._limits.lookup_seconds + staging
         return deadline if reader.patience is None else min(deadline, reader.patience)
 
     def _advance(self, request: str, reader: Reader, computed: int, now: float) -> int | None:
@@ -537,10 +538,11 @@ class Leader:
 
     def _ask_owners(self, request: str, reader: Reader, plan: Plan, now: float) -> None:
         staging = self._limits.staging_seconds if any(p.on_disk for p in plan.parts) else 0.0
-        reader.stage, reader.attempt = Stage.LEASING, self.orders.next_op()
-        reader.deadline = self._answer_by(reader, now) + staging
-        if reader.patience is not None:
+        if staging and reader.patience is not None and not reader.staging:
             reader.patience += staging
+            reader.staging = True
+        reader.stage, reader.attempt = Stage.LEASING, self.orders.next_op()
+        reader.deadline = self._answer_by(reader, now, staging)
         for part in plan.parts:
             wanted = pack(reader.chain[part.start : part.end])
             self._effects.append(
@@ -594,7 +596,7 @@ class Leader:
         if move.path is Path.DISK_TO_HOST:
             self._effects.extend(self.lending.fetched(op, self.journal.epoch, now))
         elif move.tier is Tier.HOST:
-            self.spills.offer(stored, 0, now)
+            self._accounts.extend(self.spills.offer(stored, now))
 
     def _blame_move(self, move: Move, failed: set[int]) -> None:
         """Blocks that could not be read from the disk are not there."""
@@ -672,7 +674,7 @@ class Leader:
             for block, place in load.order.places.items()
             if not place.node and place.tier is Tier.HOST and block not in load.failed
         ]
-        self.spills.offer(used, load.order.computed, now)
+        self._accounts.extend(self.spills.offer(used, now))
 
     def _blame(self, load: LoadUnderWay, now: float) -> None:
         """Own blocks that could not be read are forgotten; a node that failed is left alone."""

@@ -169,6 +169,8 @@ class Reader:
     """Of the load under way."""
     patience: float | None = None
     """While the engine is told to ask again: when it will get an answer at the latest."""
+    staging: bool = False
+    """Whether that includes another node's disk already: its time is given once."""
     asked: Sequence[int] = ()
     """The blocks that the registry was asked for, as ascending indices into the chain."""
     segments: tuple[Segment, ...] = ()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvbm_schemas.block import BlockHash, Tier
-from kvbm_service.core.accounts import Path
+from kvbm_service.core.accounts import Path, Refusal
 from kvbm_service.core.offload_filter import OffloadFilter
 from kvbm_service.core.orders import Orders
 from kvbm_service.core.tiers import Tiers
@@ -44,28 +44,34 @@ class Spills:
         most = max(1, int(tiers.host.capacity * MAX_PINNED_SHARE))
         self._batch_blocks = min(limits.batch_blocks, most)
         self._batches = min(limits.batches, max(1, most // self._batch_blocks))
-        self._waiting: dict[BlockHash, int] = {}
-        """Blocks to spill, oldest first, with their depth in the chain."""
-        self.refused = 0
-        """Blocks that the filter has held back."""
+        self._waiting: dict[BlockHash, None] = {}
+        """Blocks to spill, oldest first."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def offer(self, blocks: Sequence[BlockHash], depth: int, now: float) -> None:
-        """These consecutive blocks have come into the host tier, or were used there."""
+    def offer(self, blocks: Sequence[BlockHash], now: float) -> list[Refusal]:
+        """These blocks have come into the host tier, or were used there.
+
+        Returns which of them will not go to disk, and why.
+        """
         if self._tiers.disk is None or not blocks:
-            return
+            return []
         worth = [True] * len(blocks)
         if self._filter is not None:  # not its truth: one that has seen nothing yet is empty
             worth = self._filter.offer(blocks, now)
-        for index, (block, good) in enumerate(zip(blocks, worth, strict=True)):
+        seldom = too_many = 0
+        for block, good in zip(blocks, worth, strict=True):
             if block in self._tiers.disk or block in self._waiting:
                 continue
-            if good and len(self._waiting) < MAX_WAITING:
-                self._waiting[block] = depth + index
+            if not good:
+                seldom += 1
+            elif len(self._waiting) >= MAX_WAITING:
+                too_many += 1
             else:
-                self.refused += 1
+                self._waiting[block] = None
+        refusals = [Refusal("filter", seldom), Refusal("the queue to the disk is full", too_many)]
+        return [refusal for refusal in refusals if refusal.blocks]
 
     def order(self) -> None:
         """Put as many portions into the coming step as may be on their way."""
@@ -88,10 +94,10 @@ class Spills:
         full = False
         while self._waiting and len(blocks) < self._batch_blocks and not full:
             block = next(iter(self._waiting))
-            depth = self._waiting.pop(block)
+            del self._waiting[block]
             if not self._tiers.host.readable(block) or block in self._tiers.disk:
                 continue
-            taken = self._tiers.reserve(Tier.DISK, [block], op, depth)
+            taken = self._tiers.reserve(Tier.DISK, [block], op, 0)
             if taken.slots:
                 blocks.append(block)
                 disk.extend(taken.slots)
