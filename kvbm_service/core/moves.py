@@ -61,17 +61,30 @@ class Moves:
         """Device blocks that open moves read."""
         self.under_way: dict[Path, int] = dict.fromkeys(Path, 0)
         """How many moves of each kind are open."""
+        self._by_bus: set[int] = set()
+        """Those of which ranks tell by the bus."""
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def begin(self, op: int, move: Move) -> None:
+    @property
+    def step_awaited(self) -> bool:
+        """Whether the engine's steps will bring news of some."""
+        return len(self._open) > len(self._by_bus)
+
+    def begin(self, op: int, move: Move, by_bus: bool = False) -> None:
         """All ranks are being told."""
         assert op not in self._open
         assert len(move.blocks) == len(move.slots)
         self._open[op] = _Open(move, set(range(self._world_size)))
         self.held_blocks += len(move.device_blocks)
         self.under_way[move.path] += 1
+        if by_bus:
+            self._by_bus.add(op)
+
+    def ask_by_step(self, op: int) -> None:
+        """From now on the engine's steps bring news of this one."""
+        self._by_bus.discard(op)
 
     def report(
         self, op: int, rank: int, failed: Iterable[int], reason: str = "", seconds: float = 0.0
@@ -90,6 +103,7 @@ class Moves:
         if one.waiting:
             return None
         del self._open[op]
+        self._by_bus.discard(op)
         self.held_blocks -= len(one.move.device_blocks)
         self.under_way[one.move.path] -= 1
         return Settled(one.move, one.failed, one.reason, one.seconds)
@@ -100,5 +114,6 @@ class Moves:
         assert all(one.waiting for one in self._open.values()), "a settled move was kept"
         held = sum(len(move.device_blocks) for move in moves)
         assert held == self.held_blocks, "the count of held blocks is wrong"
+        assert self._by_bus <= self._open.keys(), "a settled move was kept"
         for path, count in self.under_way.items():
             assert count == sum(move.path is path for move in moves), "the count of moves is wrong"

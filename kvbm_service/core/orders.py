@@ -96,7 +96,8 @@ class Orders:
     ) -> step.Fetch:
         """Disk slots, which are pinned → host slots. Returned to be sent, or put into a step."""
         pinned = (Tier.DISK, disk)
-        self.moves.begin(op, Move(Path.DISK_TO_HOST, Tier.HOST, blocks, host, pinned=pinned))
+        move = Move(Path.DISK_TO_HOST, Tier.HOST, blocks, host, pinned=pinned)
+        self.moves.begin(op, move, by_bus=True)
         return step.Fetch(
             op=op,
             hashes=pack(blocks),
@@ -108,6 +109,7 @@ class Orders:
 
     def put_into_step(self, fetch: step.Fetch) -> None:
         """Have a fetch ride the coming step."""
+        self.moves.ask_by_step(fetch.op)
         self._fetches.append(fetch)
 
     def fetch_remote(
