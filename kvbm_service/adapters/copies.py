@@ -9,6 +9,8 @@ GIL up and asks for it again at every piece waits up to the interpreter's switch
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import Protocol
 
 import numba
@@ -56,16 +58,7 @@ class CpuCopies:
     """`Copies` for an engine whose KV tensors are in ordinary memory."""
 
     def __init__(self) -> None:
-        memcpy = ctypes.CDLL(None).memcpy
-        memcpy.argtypes = [ctypes.c_size_t] * 3  # addresses as plain numbers: numba passes those
-        memcpy.restype = ctypes.c_size_t
-
-        @numba.njit("void(uint64[::1], uint64[::1], uint64[::1])", nogil=True)  # type: ignore[untyped-decorator]
-        def loop(to: Column, source: Column, lengths: Column) -> None:
-            for i in range(to.size):
-                memcpy(to[i], source[i], lengths[i])
-
-        self._loop = loop
+        self._loop = _compiled_loop()
 
     def mark(self) -> Fence:
         return _nothing_to_wait_for
@@ -81,6 +74,21 @@ class CpuCopies:
 
     def copy(self, to: Column, source: Column, lengths: Column) -> None:
         self._loop(to, source, lengths)
+
+
+@functools.cache
+def _compiled_loop() -> Callable[[Column, Column, Column], None]:
+    memcpy = ctypes.CDLL(None).memcpy
+    memcpy.argtypes = [ctypes.c_size_t] * 3  # addresses as plain numbers: numba passes those
+    memcpy.restype = ctypes.c_size_t
+
+    @numba.njit("void(uint64[::1], uint64[::1], uint64[::1])", nogil=True)  # type: ignore[untyped-decorator]
+    def loop(to: Column, source: Column, lengths: Column) -> None:
+        for i in range(to.size):
+            memcpy(to[i], source[i], lengths[i])
+
+    compiled: Callable[[Column, Column, Column], None] = loop
+    return compiled
 
 
 def _nothing_to_wait_for() -> None:

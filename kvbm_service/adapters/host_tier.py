@@ -11,8 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvbm_service.adapters.copies import Column, Copies
-from kvbm_service.adapters.mover import Blocks, Fence, Indices, Mask, Region, RemoteSlab, Stamps
+from kvbm_service.adapters.copies import Column, Copies, CpuCopies
+from kvbm_service.adapters.mover import (
+    Blocks,
+    Fence,
+    Hop,
+    Indices,
+    Mask,
+    Region,
+    RemoteSlab,
+    Stamps,
+)
 from kvbm_service.adapters.slab import Headers, Slab, names
 from kvbm_service.errors import TransferError
 
@@ -34,6 +43,7 @@ class HostTier:
         self.slab = slab
         self.regions = regions
         self._copies = copies
+        self._copies_on_host = CpuCopies()
         self._verify = verify
         self._device_blocks = min(region.blocks for region in regions)
         self._addresses = np.array([region.address for region in regions], np.uint64)
@@ -92,6 +102,39 @@ class HostTier:
         fills = np.full(len(slots), fill, np.uint64)
         sums = self._memory_checksums(self._rows(self.slab.base, slots))
         self.slab.stamp(Blocks(hashes, fills, slots, slots), sums)
+
+    def adopt(self, rows: Column, headers: Headers, hop: Hop) -> Mask:
+        """Copy blocks of another slab, which we have read to `rows`, into the target slots.
+
+        Those, that is, which `headers`, read after their bytes, prove to be whole; True for
+        these. The targets' headers are clear before.
+        """
+        right = names(headers, Blocks(hop.hashes, hop.fills, hop.source, hop.target))
+        if self._verify:
+            expected = headers["checksum"]
+            right &= (expected == 0) | (expected == self._memory_checksums(rows))
+        self.copy_rows(self._rows(self.slab.base, hop.target[right]), rows[right])
+        proven, fills = hop.target[right], np.full(np.count_nonzero(right), hop.fill, np.uint64)
+        arrived = Blocks(hop.hashes[right], fills, proven, proven)
+        self.slab.stamp(arrived, headers["checksum"][right])
+        return right
+
+    def copy_rows(self, to: Column, source: Column) -> None:
+        """Copy blocks within our own memory: each lies in one piece, like a slot."""
+        lengths = np.full(len(to), self.slab.slot_bytes, np.uint64)
+        self._copies_on_host.copy(to, source, lengths)
+
+    def check_fetch(self, hop: Hop, peer: RemoteSlab) -> None:
+        """Refuse slots that we or `peer` do not have.
+
+        Raises:
+            TransferError: a number is out of range.
+        """
+        if not len(hop.source) == len(hop.target) == len(hop.fills) == len(hop.hashes):
+            raise TransferError("columns of a transfer differ in length")
+        self.check_slots(hop.target)
+        if len(hop.source) and int(hop.source.max()) >= peer.slots:
+            raise TransferError(f"a slot of {peer.agent} is not below {peer.slots}")
 
     def check_slots(self, slots: Indices) -> None:
         """Refuse slots that the slab does not have.
@@ -215,6 +258,17 @@ class HostTier:
 def parts(regions: list[Region]) -> tuple[int, ...]:
     """Lengths of the pieces of a block, in the order in which they fill a slot."""
     return tuple(region.length for region in regions)
+
+
+def cut(hop: Hop, some: slice) -> Hop:
+    """A part of a move."""
+    return Hop(
+        hashes=hop.hashes[some],
+        fills=hop.fills[some],
+        source=hop.source[some],
+        target=hop.target[some],
+        fill=hop.fill,
+    )
 
 
 def pick(blocks: Blocks, mask: Mask) -> Blocks:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import uuid
 
 import numpy as np
+import numpy.typing as npt
 
 from kvbm_service.adapters.host_tier import HostTier
-from kvbm_service.adapters.mover import Blocks, Fence, Mask, RemoteSlab
+from kvbm_service.adapters.mover import Blocks, Fence, Hop, Indices, Mask, RemoteSlab
 from kvbm_service.errors import TransferError
 
 _here: dict[str, HostTier] = {}
@@ -45,14 +46,20 @@ class MemcpyMover:
         self._peers.pop(agent, None)
 
     def pull(self, agent: str, blocks: Blocks, timeout_seconds: float) -> Mask:
-        peer = self._peers.get(agent)
-        if peer is None:
-            raise TransferError(f"{agent} is not connected")
-        self._tier.check_pull(blocks, peer)
+        self._tier.check_pull(blocks, self._peer(agent))
         if not len(blocks.slots):
             return np.zeros(0, np.bool_)
         self._read(agent, blocks)
         return self._tier.arrived(self._tier_of(agent).slab.read_headers(blocks.slots), blocks)
+
+    def fetch(self, agent: str, hop: Hop, timeout_seconds: float) -> Mask:
+        self._tier.check_fetch(hop, self._peer(agent))
+        self._tier.slab.clear(hop.target)
+        blocks = self._read_slots(agent, hop.source)
+        start, stride = np.uint64(blocks.ctypes.data), np.uint64(self._tier.slab.slot_bytes)
+        rows = start + np.arange(len(blocks), dtype=np.uint64) * stride
+        headers = self._tier_of(agent).slab.read_headers(hop.source)
+        return self._tier.adopt(rows, headers, hop)
 
     def progress(self) -> None:
         """Nothing to do."""
@@ -63,6 +70,15 @@ class MemcpyMover:
 
     def _read(self, agent: str, blocks: Blocks) -> None:
         self._tier.fill_from(self._tier_of(agent).slab.base, blocks)
+
+    def _read_slots(self, agent: str, slots: Indices) -> npt.NDArray[np.uint8]:
+        return self._tier_of(agent).slab.blocks[slots]
+
+    def _peer(self, agent: str) -> RemoteSlab:
+        try:
+            return self._peers[agent]
+        except KeyError:
+            raise TransferError(f"{agent} is not connected") from None
 
     def _tier_of(self, agent: str) -> HostTier:
         try:

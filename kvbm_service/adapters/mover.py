@@ -150,7 +150,9 @@ class Mover(Protocol):
         """Slab of `agent` → own slab. Like `pull`, but into our own slots.
 
         Headers of the target slots are cleared before, and set for the blocks proven to have
-        arrived whole. Called on the thread that calls `pull`.
+        arrived whole. Slots are written by this call alone, from a buffer: whatever happens
+        to the transfer, nothing comes late into a slab that may outlive us (docs/adr/0007).
+        Called on the thread that calls `pull`.
 
         Raises:
             TransferError: as `pull`.

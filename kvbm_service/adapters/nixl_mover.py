@@ -1,8 +1,8 @@
 """The mover between processes and machines: other ranks' slabs are read with NIXL.
 
 Two agents. One serves: the slab is registered with it, its metadata is published, and it
-lives as long as we do. The other reads, into the device pool; it is replaced whenever a
-transfer did not end well (nixl_reader.py says why).
+lives as long as we do. The other reads, into the device pool or a buffer of its own; it is
+replaced whenever a transfer did not end well (nixl_reader.py says why).
 
 A peer that failed stays known: the next pull attaches to it again, so a stall costs the
 pulls it delayed and no later one.
@@ -13,11 +13,14 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
-from kvbm_service.adapters.host_tier import HostTier
-from kvbm_service.adapters.mover import Blocks, Fence, Mask, RemoteSlab
+from kvbm_service.adapters.copies import Column
+from kvbm_service.adapters.host_tier import HostTier, cut
+from kvbm_service.adapters.mover import Blocks, Fence, Hop, Indices, Mask, RemoteSlab
 from kvbm_service.adapters.nixl_reader import Reader, Unquiet, destroy, new_agent
 from kvbm_service.errors import TransferError
 
@@ -59,12 +62,8 @@ class NixlMover:
             self.forget(peer.agent)
         self._peers[peer.agent] = peer
         first = np.zeros(1, np.uint32)
-        try:
-            self._reader.attach(peer)
+        with self._attached(peer):
             self._reader.read_headers(peer.agent, first, time.monotonic() + CONNECT_SECONDS)
-        except Unquiet:
-            self._replace_reader()
-            raise
 
     def forget(self, agent: str) -> None:
         if self._peers.pop(agent, None) is not None:
@@ -72,20 +71,29 @@ class NixlMover:
 
     def pull(self, agent: str, blocks: Blocks, timeout_seconds: float) -> Mask:
         deadline = time.monotonic() + timeout_seconds
-        peer = self._peers.get(agent)
-        if peer is None:
-            raise TransferError(f"{agent} is not connected")
+        peer = self._peer(agent)
         self._tier.check_pull(blocks, peer)
         if not len(blocks.slots):
             return np.zeros(0, np.bool_)
-        try:
-            self._reader.attach(peer)
+        with self._attached(peer):
             self._read(agent, blocks, deadline)
             headers = self._reader.read_headers(agent, blocks.slots, deadline)
-        except Unquiet:
-            self._replace_reader()
-            raise
         return self._tier.arrived(headers, blocks)
+
+    def fetch(self, agent: str, hop: Hop, timeout_seconds: float) -> Mask:
+        deadline = time.monotonic() + timeout_seconds
+        peer = self._peer(agent)
+        self._tier.check_fetch(hop, peer)
+        self._tier.slab.clear(hop.target)
+        arrived = np.zeros(len(hop.source), np.bool_)
+        with self._attached(peer):
+            for at in range(0, len(arrived), self._reader.rows):
+                some = slice(at, at + self._reader.rows)
+                part = cut(hop, some)
+                rows = self._read_slots(agent, part.source, deadline)
+                headers = self._reader.read_headers(agent, part.source, deadline)
+                arrived[some] = self._tier.adopt(rows, headers, part)
+        return arrived
 
     def progress(self) -> None:
         self._server.get_new_notifs()
@@ -100,9 +108,29 @@ class NixlMover:
     def _read(self, agent: str, blocks: Blocks, deadline: float) -> None:
         self._reader.read_blocks(agent, blocks.slots, blocks.device, deadline)
 
+    def _read_slots(self, agent: str, slots: Indices, deadline: float) -> Column:
+        return self._reader.read_slots(agent, slots, deadline)
+
+    def _peer(self, agent: str) -> RemoteSlab:
+        try:
+            return self._peers[agent]
+        except KeyError:
+            raise TransferError(f"{agent} is not connected") from None
+
+    @contextmanager
+    def _attached(self, peer: RemoteSlab) -> Iterator[None]:
+        """Read from `peer`; afterwards nothing is under way, whatever has happened."""
+        try:
+            self._reader.attach(peer)
+            yield
+        except Unquiet:
+            self._replace_reader()
+            raise
+
     def _new_reader(self) -> Reader:
         name = f"{self.agent}-{next(self._lives)}"
-        return Reader(name, self._tier.regions, self._device_id, self.progress)
+        parts = self._tier.slab.parts
+        return Reader(name, self._tier.regions, parts, self._device_id, self.progress)
 
     def _replace_reader(self) -> None:
         self._reader.discard()

@@ -1,4 +1,4 @@
-"""One NIXL agent that reads other ranks' slabs straight into our device blocks.
+"""One NIXL agent that reads other ranks' slabs, straight into our device blocks or into a buffer.
 
 It is disposable, and that is how we prove that a failed transfer is quiet. While a handle
 says PROC, or after it said ERR, some of its reads may still be going to land:
@@ -22,9 +22,10 @@ the peer's whole process when it finds a read to serve whose reader is gone (see
 
 from __future__ import annotations
 
+import mmap
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import nixl._bindings
@@ -32,8 +33,10 @@ import numpy as np
 import numpy.typing as npt
 from nixl._api import nixl_agent, nixl_agent_config
 
+from kvbm_service.adapters.copies import Column
 from kvbm_service.adapters.mover import HEADER, HEADER_PAGE, Indices, Region, RemoteSlab
 from kvbm_service.adapters.slab import Headers
+from kvbm_service.adapters.slab_memory import in_huge_pages
 from kvbm_service.errors import TransferError
 
 SPIN_SECONDS = 0.000_2
@@ -46,6 +49,9 @@ QUIET_SECONDS = 1.0
 
 MAX_PAGES = 512
 """Pages of headers read at a time."""
+
+BUFFER_BYTES = 8 << 20
+"""Slots on their way to slots of ours pass through a buffer of this size (or of one slot)."""
 
 HEADER_WORDS = HEADER.itemsize // 8
 """Copying words is several times faster than copying records, in numpy."""
@@ -86,8 +92,9 @@ class _Attached(NamedTuple):
 
 
 class Reader:
-    """Reads slabs into `regions` of device `device_id` (None: ordinary memory).
+    """Reads slabs into `regions` of device `device_id` (None: ordinary memory), or a buffer.
 
+    A block consists of `parts`, which are as long as the regions' pieces.
     `meanwhile` is called again and again while a transfer is under way: two ranks that read
     from each other at the same time must also serve each other.
     """
@@ -96,6 +103,7 @@ class Reader:
         self,
         name: str,
         regions: list[Region],
+        parts: tuple[int, ...],
         device_id: int | None,
         meanwhile: Callable[[], None],
     ) -> None:
@@ -118,6 +126,13 @@ class Reader:
         self._agent.register_memory([(address, self._found.nbytes, 0, "")], "DRAM")
         row = (address, PAGE_BYTES, 0, PAGE_BYTES, MAX_PAGES)
         self._scratch = self._prepare("NIXL_INIT_AGENT", [row], "DRAM")
+
+        self._row_bytes = sum(parts)
+        self.rows = max(1, BUFFER_BYTES // self._row_bytes)
+        """How many slots `read_slots` takes at a time."""
+        self._parts = parts
+        self._buffer: tuple[mmap.mmap, int, Any] | None = None
+        """The buffer, its address, and its descriptors; there once it is needed."""
 
     def attach(self, peer: RemoteSlab) -> None:
         """Prepare reading from `peer`. Nothing is sent yet; idempotent.
@@ -171,6 +186,23 @@ class Reader:
         theirs = (slots[:, None] + peer.firsts).ravel()
         self._read(agent, self._pool, ours, peer.blocks, theirs, deadline)
 
+    def read_slots(self, agent: str, slots: Indices, deadline: float) -> Column:
+        """Slots of `agent`, `rows` at the most, → the buffer.
+
+        Returns where each lies, until the next call.
+
+        Raises:
+            Unquiet, TransferError: as `read_blocks`.
+        """
+        assert len(slots) <= self.rows
+        peer = self._attached[agent]
+        _, address, descriptors = self._buffer = self._buffer or self._new_buffer()
+        rows = np.arange(len(slots))
+        ours = (rows[:, None] + np.arange(len(self._parts)) * self.rows).ravel()
+        theirs = (slots[:, None] + peer.firsts).ravel()
+        self._read(agent, descriptors, ours, peer.blocks, theirs, deadline)
+        return rows.astype(np.uint64) * np.uint64(self._row_bytes) + np.uint64(address)
+
     def read_headers(self, agent: str, slots: Indices, deadline: float) -> Headers:
         """The headers of `slots` of `agent`, as they are now.
 
@@ -200,7 +232,19 @@ class Reader:
         self._handles.clear()
         destroy(self._agent)
 
-    def _prepare(self, agent: str, rows: list[tuple[int, ...]], kind: str) -> Any:
+    def _new_buffer(self) -> tuple[mmap.mmap, int, Any]:
+        nbytes = self.rows * self._row_bytes
+        memory = in_huge_pages(nbytes)
+        address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+        self._agent.register_memory([(address, nbytes, 0, "")], "DRAM")
+        starts = np.cumsum((0, *self._parts[:-1])).tolist()
+        rows = [
+            (address + start, length, 0, self._row_bytes, self.rows)
+            for start, length in zip(starts, self._parts, strict=True)
+        ]
+        return memory, address, self._prepare("NIXL_INIT_AGENT", rows, "DRAM")
+
+    def _prepare(self, agent: str, rows: Sequence[tuple[int, ...]], kind: str) -> Any:
         handle = self._agent.prep_xfer_dlist(agent, np.array(rows, np.uint64), kind)
         self._handles.append(handle)
         return handle

@@ -102,16 +102,22 @@ def private(nbytes: int) -> Memory:
             "that are available: set DYN_KVBM_CPU_CACHE_GB lower"
         )
     try:
-        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping = in_huge_pages(nbytes)
     except OSError as error:
         raise LayoutError(
             f"no memory for a host tier of {nbytes} bytes ({error.strerror}): "
             "set DYN_KVBM_CPU_CACHE_GB lower"
         ) from error
-    _advise(mapping)
     octets = np.frombuffer(mapping, np.uint8)
     ctypes.memset(octets.ctypes.data, 0, nbytes)
     return Memory(mapping, octets)
+
+
+def in_huge_pages(nbytes: int) -> mmap.mmap:
+    """Private memory that forked children do not get, in huge pages where there are any."""
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _advise(mapping)
+    return mapping
 
 
 def lasting(file: Path, nbytes: int, layout: str) -> Memory | None:

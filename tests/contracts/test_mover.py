@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvbm_service.adapters.memcpy_mover import MemcpyMover
-from kvbm_service.adapters.mover import Blocks
+from kvbm_service.adapters.mover import Blocks, Hop
 from kvbm_service.adapters.nixl_mover import NixlMover
 from kvbm_service.adapters.nixl_reader import QUIET_SECONDS
+from kvbm_service.adapters.slab import EMPTY_FILL
 from kvbm_service.errors import TransferError
 from tests.contracts.mover_owner import LocalOwner, OwnerProcess
 from tests.contracts.mover_rank import LAYOUTS, POOL, SLOTS, Kind, Rank, blocks, name
@@ -86,6 +88,27 @@ def hall(request: pytest.FixtureRequest, owners: Owners) -> Iterator[Hall]:
 def nixl(owners: Owners) -> Iterator[Hall]:
     with ExitStack() as stack:
         yield Hall(NixlMover, stack, owners)
+
+
+def hop(source: list[int], target: list[int], fill: int, source_fill: int = 1) -> Hop:
+    """Columns for a move of the blocks that `blocks` names after the source slots."""
+    named = blocks(source, target, source_fill)
+    return Hop(named.hashes, named.fills, named.slots, named.device, fill)
+
+
+def fetch(rank: Rank, owner: Owner, wanted: Hop, seconds: float = SECONDS) -> list[bool]:
+    return rank.mover.fetch(owner.as_peer.agent, wanted, seconds).tolist()
+
+
+def load(rank: Rank, fetched: Hop, device: list[int]) -> list[bool]:
+    """Load what a fetch has brought."""
+    fills = np.full(len(device), fetched.fill, np.uint64)
+    columns = Blocks(fetched.hashes, fills, fetched.target, np.array(device, np.uint32))
+    return rank.mover.load(columns).tolist()
+
+
+def empty(rank: Rank, slots: list[int]) -> list[bool]:
+    return (rank.slab.headers["fill"][slots] == EMPTY_FILL).tolist()
 
 
 def pull(rank: Rank, owner: Owner, wanted: Blocks, seconds: float = SECONDS) -> list[bool]:
@@ -264,6 +287,102 @@ def test_a_peer_that_left_cannot_be_read_and_another_can(hall: Hall) -> None:
     assert pull(rank, other, blocks([4], [4])) == [True]
 
 
+# -- another rank's slab, to ours ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_fetched_block_is_the_owners_byte_for_byte_and_touches_no_other_slot(
+    hall: Hall, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbm_service.adapters.nixl_reader.BUFFER_BYTES", 1)  # a slot at a time
+    rank, owner = hall.rank(layout), hall.owner(layout)
+    owner.save(5, [299, 2, 5], [3, 0, 23])
+    rank.slab.blocks[:] = 7
+    rank.mover.connect(owner.as_peer)
+    wanted = hop([299, 2, 5], [0, 298, 5], fill=9)
+
+    assert fetch(rank, owner, wanted) == [True, True, True]
+
+    assert load(rank, wanted, [7, 8, 1]) == [True, True, True]
+    assert [rank.block(number) for number in (7, 8, 1)] == [
+        owner.block(number) for number in (3, 0, 23)
+    ]
+    others = np.setdiff1d(np.arange(SLOTS), [0, 298, 5])
+    assert (rank.slab.blocks[others] == 7).all()
+    assert (rank.slab.headers["fill"][others] == EMPTY_FILL).all()
+
+
+def test_a_fetched_block_goes_by_its_new_fill_stamp_alone(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    owner.save(5, [4], [4])
+    rank.mover.connect(owner.as_peer)
+    wanted = hop([4], [6], fill=9)
+    assert fetch(rank, owner, wanted) == [True]
+    assert load(rank, wanted._replace(fill=1), [0]) == [False]
+    assert load(rank, wanted, [0]) == [True]
+
+
+def test_a_slot_that_was_reused_is_refused_by_a_fetch_and_the_others_arrive(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    owner.save(5, [4, 5, 6, 7], [4, 5, 6, 7])
+    owner.stamp(5, name(9), fill=1)
+    owner.stamp(6, name(6), fill=2)
+    rank.mover.save(blocks([0, 1, 2, 3], [0, 1, 2, 3]))
+    rank.mover.connect(owner.as_peer)
+    wanted = hop([4, 5, 6, 7], [0, 1, 2, 3], fill=9)
+    assert fetch(rank, owner, wanted) == [True, False, False, True]
+    assert empty(rank, [0, 1, 2, 3]) == [False, True, True, False]
+    assert load(rank, wanted, [0, 1, 2, 3]) == [True, False, False, True]
+    assert rank.block(3) == owner.block(7)
+
+
+def test_a_slot_reused_while_it_is_fetched_is_refused(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    owner.save(5, [4, 5], [4, 5])
+    rank.mover.save(blocks([4, 5], [4, 5]))
+    rank.mover.connect(owner.as_peer)
+    read: Callable[..., Any] = rank.mover._read_slots
+
+    def read_and_lose_the_race(*args: Any) -> Any:
+        assert empty(rank, [4, 5]) == [True, True]
+        found = read(*args)
+        owner.stamp(5, name(5), fill=2)
+        return found
+
+    monkeypatch.setattr(rank.mover, "_read_slots", read_and_lose_the_race)
+    assert fetch(rank, owner, hop([4, 5], [4, 5], fill=9)) == [True, False]
+    assert empty(rank, [4, 5]) == [False, True]
+
+
+def test_verification_goes_along_with_a_fetched_block(hall: Hall) -> None:
+    rank, owner = hall.rank(verify=True), hall.owner(verify=True)
+    owner.save(5, [4, 5], [4, 5])
+    rank.mover.connect(owner.as_peer)
+    wanted = hop([4, 5], [6, 7], fill=9)
+    assert fetch(rank, owner, wanted) == [True, True]
+    assert load(rank, wanted, [4, 5]) == [True, True]
+    rank.flip_a_bit(6)
+    assert load(rank, wanted, [4, 5]) == [False, True]
+    owner.flip_a_bit(5)
+    assert fetch(rank, owner, wanted) == [True, False]
+
+
+def test_slots_that_do_not_exist_are_refused_before_anything_is_fetched(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    rank.mover.save(blocks([0], [0]))
+    with pytest.raises(TransferError, match="not connected"):
+        fetch(rank, owner, hop([0], [0], fill=9))
+    rank.mover.connect(owner.as_peer)
+    uneven = hop([0], [0], fill=9)._replace(target=np.zeros(2, np.uint32))
+    for wrong in (hop([SLOTS, 0], [1, 0], fill=9), hop([0, 1], [0, SLOTS], fill=9), uneven):
+        with pytest.raises(TransferError):
+            fetch(rank, owner, wrong)
+    assert empty(rank, [0, 1]) == [False, True]
+    assert fetch(rank, owner, hop([], [], fill=9)) == []
+
+
 # -- peers that fail, in processes of their own -------------------------------------------------
 
 
@@ -286,6 +405,60 @@ def test_a_killed_peer_fails_the_pull_in_time_and_a_new_one_can_be_read(nixl: Ha
     rank.mover.connect(new.as_peer)
     assert pull(rank, new, blocks([4], [4])) == [True]
     assert rank.block(4) == new.block(4)
+
+
+def test_an_owner_killed_in_the_middle_of_a_fetch_leaves_no_slot_that_is_believed(
+    nixl: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbm_service.adapters.nixl_reader.BUFFER_BYTES", 1)
+    rank, owner, other = nixl.rank(), nixl.process(), nixl.owner()
+    owner.save(5, [4, 5, 6], [4, 5, 6])
+    rank.mover.save(blocks([4, 5, 6], [4, 5, 6]))
+    rank.mover.connect(owner.as_peer)
+    read: Callable[..., Any] = rank.mover._read_slots
+
+    def read_and_kill(*args: Any) -> Any:
+        found = read(*args)
+        owner.kill()
+        return found
+
+    monkeypatch.setattr(rank.mover, "_read_slots", read_and_kill)
+    with pytest.raises(TransferError):
+        fetch(rank, owner, hop([4, 5, 6], [4, 5, 6], fill=9), seconds=1.0)
+    assert empty(rank, [4, 5, 6]) == [True, True, True]
+
+    monkeypatch.undo()
+    other.save(6, [4], [4])
+    rank.mover.connect(other.as_peer)
+    wanted = hop([4], [4], fill=10)
+    assert fetch(rank, other, wanted) == [True]
+    assert load(rank, wanted, [0]) == [True]
+    assert rank.block(0) == other.block(4)
+
+
+@pytest.mark.parametrize("transports", ["all", "tcp,self"])
+def test_a_fetch_that_was_given_up_writes_nothing_late(
+    nixl: Hall, monkeypatch: pytest.MonkeyPatch, transports: str
+) -> None:
+    monkeypatch.setenv("UCX_TLS", transports)
+    monkeypatch.setattr("kvbm_service.adapters.nixl_mover.CONNECT_SECONDS", 0.2)
+    rank, owner = nixl.rank(), nixl.process()
+    owner.save(5, [4], [4])
+    rank.slab.blocks[:] = 7
+    owner.stop()
+    with pytest.raises(TransferError):
+        rank.mover.connect(owner.as_peer)
+    with pytest.raises(TransferError):
+        fetch(rank, owner, hop([4], [4], fill=9), seconds=0.2)
+    owner.go_on()
+    owner.save(5, [6], [6])  # the owner has come round: it answers
+    rank.mover.connect(owner.as_peer)
+    wanted = hop([6], [6], fill=10)
+    assert fetch(rank, owner, wanted) == [True]
+    assert load(rank, wanted, [0]) == [True]
+    assert rank.block(0) == owner.block(6)
+    assert (rank.slab.blocks[4] == 7).all(), "a read that was given up wrote late"
+    assert empty(rank, [4]) == [True]
 
 
 @pytest.mark.parametrize("transports", ["all", "tcp,self"])
