@@ -182,14 +182,16 @@ class Lane:
                 settle(under_way[0], self._finish(under_way))
                 under_way.popleft()
         finally:
-            if under_way:  # on the way out with an error: our memory must be left alone
+            if self._agent is None:  # the disk does not answer
+                self._give_up(under_way)
+            elif under_way:  # on the way out with an error: our memory must be left alone
                 self._quiet(under_way)
 
     def close(self) -> None:
-        """Let go of NIXL and of the memory."""
+        """Let go of NIXL and of the memory, unless the disk may still be at it."""
         if self._agent is not None:
             self._disconnect()
-        self._tier.unpin(self._bounce.address)
+            self._tier.unpin(self._bounce.address)
 
     def _batches(self, slots: Indices, slab_rows: Indices | None) -> Iterator[Batch]:
         spread = -(-len(slots) // self._at_a_time)
@@ -249,7 +251,7 @@ class Lane:
             if state != "PROC":
                 return
             if time.monotonic() > deadline:
-                self._give_up(self._agent, batch)
+                self._give_up(self._agent)
                 self._agent = None
                 raise DiskLost(f"the disk has not answered for {ANSWER_SECONDS:.0f} s")
             time.sleep(POLL_SECONDS)

@@ -1,0 +1,245 @@
+"""The disk tier's file: reserved as a whole or refused in words, on file systems good and bad."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvbm_service.adapters import disk_file, disk_lane
+from kvbm_service.adapters.disk import DiskLost
+from kvbm_service.adapters.disk_file import DiskFile
+from kvbm_service.errors import LayoutError
+from tests.contracts.disk_rank import POOL, WHOLE, DiskRank, on_disk
+
+MIB = 1 << 20
+EVERYTHING = list(range(POOL))
+
+Mount = Callable[..., Path]
+OnLoop = Callable[[Path, int], Path]
+
+FREEZE, THAW = 0xC0045877, 0xC0045878
+"""FIFREEZE and FITHAW."""
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    """Mounts file systems of the kinds that faults need; skips where that is not allowed."""
+    with ExitStack() as stack:
+
+        def mount(kind: str, *options: str, source: str = "none") -> Path:
+            where = tmp_path / f"mount-{source.replace('/', '-')}-{kind}"
+            where.mkdir()
+            ran = subprocess.run(
+                ["mount", "-t", kind, *options, source, where], capture_output=True, text=True
+            )
+            if ran.returncode:
+                pytest.skip(f"{kind} cannot be mounted here: {ran.stderr.strip()}")
+            stack.callback(_run, "umount", "--lazy", where)
+            return where
+
+        yield mount
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, check=True)
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """Let writes beyond `nbytes` of any file fail, for this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_is_really_reserved_and_its_progress_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(disk_file, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(disk_file, "STEP_BYTES", 4 * MIB)
+    file = DiskFile(tmp_path / "blocks", 10 * MIB)
+    assert os.fstat(file.fd).st_blocks * 512 >= 10 * MIB
+    assert os.fstat(file.fd).st_size == 10 * MIB
+    assert not file.kept
+    file.close()
+    assert caplog.text.count("of 0.0 GB allocated") == 3
+
+
+def test_a_file_of_the_right_size_is_kept_and_any_other_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "blocks"
+    DiskFile(path, MIB).close()
+    path.write_bytes(b"x" * MIB)
+    kept = DiskFile(path, MIB)
+    assert kept.kept
+    assert os.pread(kept.fd, 1, 0) == b"x" if not kept.direct else path.read_bytes() == b"x" * MIB
+    kept.close()
+    replaced = DiskFile(path, 2 * MIB)
+    assert not replaced.kept
+    replaced.close()
+    assert path.read_bytes() == bytes(2 * MIB)
+
+
+def test_a_file_that_does_not_fit_is_refused_with_the_settings_to_change(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=r"free in .*DYN_KVBM_DISK_CACHE_GB.*DISK_CACHE_DIR"):
+        DiskFile(tmp_path / "blocks", 1 << 60)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_completed_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_file, "STEP_BYTES", MIB)
+    with largest_file(3 * MIB), pytest.raises(LayoutError, match="DYN_KVBM_DISK_CACHE_GB"):
+        DiskFile(tmp_path / "blocks", 8 * MIB)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_half_made_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "blocks.new").write_bytes(b"x" * 100)
+    DiskFile(tmp_path / "blocks", MIB).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["blocks"]
+
+
+def test_a_directory_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=r"nowhere/blocks.*DYN_KVBM_DISK_CACHE_DIR"):
+        DiskFile(tmp_path / "nowhere" / "blocks", MIB)
+
+
+def test_without_fallocate_zeros_are_written_only_when_allowed(
+    mount: Mount, caplog: pytest.LogCaptureFixture
+) -> None:
+    where = mount("ramfs")
+    with pytest.raises(LayoutError, match="DYN_KVBM_DISK_ZEROFILL_FALLBACK=true"):
+        DiskFile(where / "blocks", MIB)
+    assert not list(where.iterdir())
+    file = DiskFile(where / "blocks", MIB, zerofill_fallback=True)
+    file.close()
+    assert (where / "blocks").read_bytes() == bytes(MIB)
+    assert "filled with zeros" in caplog.text
+
+
+def test_a_file_system_without_o_direct_is_used_through_the_page_cache(
+    mount: Mount, caplog: pytest.LogCaptureFixture
+) -> None:
+    rank = DiskRank(mount("ramfs"), WHOLE, zerofill_fallback=True)
+    assert caplog.text.count("no O_DIRECT") == 1
+    rank.fill_pool(seed=1)
+    expected = rank.pool()
+    assert rank.disk.save(on_disk(EVERYTHING, EVERYTHING)).all()
+    rank.fill_pool(seed=0)
+    assert rank.disk.load(on_disk(EVERYTHING, EVERYTHING)).all()
+    assert rank.pool() == expected
+    rank.close()
+
+
+def test_the_room_of_a_small_disk_is_checked_before_it_is_filled(mount: Mount) -> None:
+    where = mount("tmpfs", "-o", "size=1m")
+    with pytest.raises(LayoutError, match="1048576 bytes that are free"):
+        DiskFile(where / "blocks", 2 * MIB)
+    with pytest.raises(LayoutError, match=r"index.*No space left"):
+        DiskRank(where, WHOLE, slots=128)  # its file takes all there is
+    assert [path.name for path in where.iterdir()] == ["rank-0.blocks"]
+
+
+def test_a_write_that_hits_a_limit_gives_the_disk_up_in_words(tmp_path: Path) -> None:
+    rank = DiskRank(tmp_path, WHOLE)
+    with (
+        largest_file(8192),
+        pytest.raises(DiskLost, match=r"File too large \(write of slot 5\)"),
+    ):
+        rank.disk.save(on_disk([5], [5]))
+    rank.close()
+
+
+# -- block devices that fail -------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_loop(mount: Mount) -> Iterator[OnLoop]:
+    """Mounts a file system of `nbytes` that lies in a file in some directory, with holes."""
+    with ExitStack() as stack:
+
+        def on_loop(directory: Path, nbytes: int) -> Path:
+            image = directory / "image"
+            with image.open("wb") as file:
+                file.truncate(nbytes)
+            _run("mkfs.ext4", "-q", "-O", "^has_journal", image)
+            ran = subprocess.run(
+                ["losetup", "--find", "--show", image], capture_output=True, text=True
+            )
+            if ran.returncode:
+                pytest.skip(f"no loop device here: {ran.stderr.strip()}")
+            device = ran.stdout.strip()
+            stack.callback(_run, "losetup", "--detach", device)
+            return mount("ext4", source=device)
+
+        yield on_loop
+
+
+def test_a_disk_with_errors_is_given_up_and_what_is_written_stays_readable(
+    mount: Mount, on_loop: OnLoop
+) -> None:
+    below = mount("tmpfs", "-o", "size=24m")
+    rank = DiskRank(on_loop(below, 128 * MIB), (MIB,))
+    rank.fill_pool(seed=1)
+    expected = [rank.block(number) for number in range(4)]
+    assert rank.disk.save(on_disk([0, 1, 2, 3], [0, 1, 2, 3])).all()
+
+    def fill() -> None:
+        for slot in range(4, POOL):  # the device cannot hold all that is written
+            rank.disk.save(on_disk([slot], [slot]))
+
+    with pytest.raises(DiskLost, match="write of slot"):
+        fill()
+    with pytest.raises(DiskLost, match="write of slot"):
+        rank.disk.load(on_disk([0], [0]))
+    again = rank.reopened()
+    assert again.disk.load(on_disk([0, 1, 2, 3], [10, 11, 12, 13])).all()
+    assert [again.block(number) for number in range(10, 14)] == expected
+    again.close()
+
+
+def test_a_disk_that_does_not_answer_is_given_up_and_its_memory_left_alone(
+    tmp_path: Path, on_loop: OnLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_lane, "ANSWER_SECONDS", 0.5)
+    below = on_loop(tmp_path, 192 * MIB)
+    rank = DiskRank(on_loop(below, 128 * MIB), (MIB,))
+    everything = on_disk(EVERYTHING, EVERYTHING)
+    assert rank.disk.save(everything).all()
+    with closing(rank), frozen(below):
+        began = time.monotonic()
+        with pytest.raises(DiskLost, match="not answered"):
+            rank.disk.save(everything)
+        with pytest.raises(DiskLost, match="not answered"):
+            rank.disk.load(everything)
+        rank.close()
+        assert time.monotonic() - began < 5.0
+    assert disk_lane._given_up, "the kernel may still have been at it"
+
+
+@contextmanager
+def frozen(file_system: Path) -> Iterator[None]:
+    """Let nothing be written to it, so that a device that lies in it does not answer."""
+    fd = os.open(file_system, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, FREEZE, 0)
+        try:
+            yield
+        finally:
+            fcntl.ioctl(fd, THAW, 0)
+    finally:
+        os.close(fd)
