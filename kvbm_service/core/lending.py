@@ -15,6 +15,7 @@ from kvbm_service.core.columns import pack_u32, pack_u64
 from kvbm_service.core.effects import Answer, Effect, TellRanks
 from kvbm_service.core.lease import LeaseTable
 from kvbm_service.core.orders import Orders
+from kvbm_service.core.pool import Pool
 from kvbm_service.core.tiers import Tiers
 
 LEASABLE_SHARE = 0.5
@@ -40,7 +41,8 @@ class _Staged(NamedTuple):
     """A lease request that waits for blocks to come up from the disk."""
 
     chain: list[BlockHash]
-    op: int
+    ops: set[int]
+    """Fetches that bring them and are under way."""
     answer_by: float
 
 
@@ -56,17 +58,19 @@ class Lending:
         self._agents = agents
         self._limits = limits
         self._staged: dict[str, _Staged] = {}
+        self._coming: dict[BlockHash, int] = {}
+        """Blocks on their way up, and the fetch that brings each."""
 
     def acquire(
         self, hashes: bytes, token: str, epoch: int, now: float, effects: list[Effect]
     ) -> LeaseAnswer | None:
         """Another node's leader wants to read this chain. None: an `Answer` follows."""
         chain = unpack(hashes)
-        op = self._stage(chain, effects)
-        if op is None:
+        ops = self._stage(chain, effects)
+        if not ops:
             return self._grant(chain, token, epoch, now)
         answer_by = now + self._limits.staging_seconds * ANSWER_MARGIN
-        self._staged[token] = _Staged(chain, op, answer_by)
+        self._staged[token] = _Staged(chain, ops, answer_by)
         return None
 
     def release(self, token: str) -> None:
@@ -75,7 +79,11 @@ class Lending:
 
     def fetched(self, op: int, epoch: int, now: float) -> list[Answer]:
         """Blocks have come up from the disk, or will not: answer who waited for them."""
-        return self._answer([t for t, one in self._staged.items() if one.op == op], epoch, now)
+        self._coming = {block: by for block, by in self._coming.items() if by != op}
+        waited = [token for token, one in self._staged.items() if op in one.ops]
+        for token in waited:
+            self._staged[token].ops.remove(op)
+        return self._answer([t for t in waited if not self._staged[t].ops], epoch, now)
 
     def tick(self, epoch: int, now: float) -> list[Answer]:
         """Time has passed: end the leases and the waiting whose time is up."""
@@ -116,30 +124,43 @@ class Lending:
         host = self._tiers.host
         return int(host.capacity * LEASABLE_SHARE) - host.pinned
 
-    def _stage(self, chain: Sequence[BlockHash], effects: list[Effect]) -> int | None:
-        """Begin to bring up what only the disk has. None: nothing is to be waited for."""
+    def _stage(self, chain: Sequence[BlockHash], effects: list[Effect]) -> set[int]:
+        """Begin to bring up what only the disk has. Returns the fetches to be waited for."""
         host, disk = self._tiers.host, self._tiers.disk
         if disk is None or len(self._staged) >= MAX_STAGED:
-            return None
+            return set()
         end, absent = 0, False
+        awaited: set[int] = set()
         for block in chain[: max(0, self._room)]:
             if not host.readable(block):
-                if block in host or not disk.readable(block):
+                coming = self._coming.get(block) if block in host else None
+                if coming is not None:
+                    awaited.add(coming)
+                elif block in host or not disk.readable(block):
                     break
-                absent = True
+                else:
+                    absent = True
             end += 1
-        if not absent:
-            return None
+        if absent and (op := self._fetch(disk, chain[:end], effects)) is not None:
+            awaited.add(op)
+        return awaited
+
+    def _fetch(
+        self, disk: Pool, chain: Sequence[BlockHash], effects: list[Effect]
+    ) -> int | None:
+        """Have the ranks fetch what is not in the host tier; None if that has no slot to give."""
         op = self._orders.next_op()
-        taken = self._tiers.reserve(Tier.HOST, chain[:end], op, 0)
+        taken = self._tiers.reserve(Tier.HOST, chain, op, 0)
         blocks = [chain[index] for index in taken.indices]
         if not blocks:
             return None
+        self._coming.update(dict.fromkeys(blocks, op))
         pinned = disk.pin(blocks)
         fetch = self._orders.fetch(op, blocks, pinned, disk.fills(pinned), taken.slots)
         effects.append(TellRanks(fetch, self._limits.staging_seconds))
         return op
 
     def check_integrity(self) -> None:
-        """Every open lease will end."""
+        """Every open lease will end, and whoever waits waits for something."""
         self.leases.check_integrity()
+        assert all(one.ops for one in self._staged.values()), "one waits for nothing"
