@@ -13,7 +13,7 @@ from kvbm_schemas.events import Cleared, Removed, Stored
 from kvbm_schemas.requests import Leased, Refused
 from kvbm_service.core.columns import pack_u32, unpack_u32
 from kvbm_service.core.effects import AskOwner, AskRegistry, GiveBack, Publish
-from kvbm_service.core.leader import LEASABLE_SHARE
+from kvbm_service.core.lending import LEASABLE_SHARE
 from tests.core.builders import LEASE_SECONDS, LOOKUP_SECONDS, Rig, chain, leased, located
 
 SLOTS = 6
@@ -127,7 +127,8 @@ class LeaderMachine(RuleBasedStateMachine):
         """The command names each block once, with its name; own ones are readable."""
         commands = self.take_commands()
         (load,) = commands.loads
-        reads = [*load.remote, *([load.local] if load.local else [])]
+        reads: list[step.LocalRead | step.RemoteRead] = [*load.remote]
+        reads += [read for read in (load.local, load.disk) if read is not None]
         gets = {
             block: name
             for read in reads
@@ -148,14 +149,14 @@ class LeaderMachine(RuleBasedStateMachine):
         assert set(held) <= set(device_blocks)
         self.held.update(held)
         assert self.held.total() <= HELD_BLOCKS
-        assert all(block in self.leader.pool for block in wanted[:dealt_with])
+        assert all(block in self.leader.tiers.host for block in wanted[:dealt_with])
 
     @rule()
     def a_step_begins(self) -> None:
         self.take_commands()
 
     def take_commands(self) -> step.StepCommands:
-        commands = self.leader.take_commands()
+        commands = self.leader.take_commands(0.0)
         for save in commands.saves:
             assert all(self.held[block] for block in unpack_u32(save.blocks))
             self.saves.append((save, set(range(WORLD_SIZE))))
@@ -259,12 +260,12 @@ class LeaderMachine(RuleBasedStateMachine):
     @rule(wanted=chains)
     def acquire(self, wanted: list[BlockHash]) -> None:
         token = f"token-number-{self.number():08}"
-        pinned = self.leader.pool.pinned
+        pinned = self.leader.tiers.host.pinned
         answer = self.leader.acquire(pack(wanted), token, self.now)
         if isinstance(answer, Leased):
             self.tokens.append(token)
             assert self.told.issuperset(wanted[: len(unpack_u32(answer.slots))])
-            assert self.leader.pool.pinned <= max(pinned, int(SLOTS * LEASABLE_SHARE))
+            assert self.leader.tiers.host.pinned <= max(pinned, int(SLOTS * LEASABLE_SHARE))
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
@@ -292,7 +293,7 @@ class LeaderMachine(RuleBasedStateMachine):
     def it_agrees_with_what_was_said(self) -> None:
         self.leader.check_integrity()
         self.take_effects()
-        beat, blocks = self.leader.snapshot()
+        beat, ((_, blocks),) = self.leader.snapshot()
         assert beat.seq == self.last_seq
         assert set(blocks) == self.told
         assert len(blocks) == len(self.told)
@@ -313,9 +314,9 @@ class LeaderMachine(RuleBasedStateMachine):
         assert not self.leader.holds_device_blocks
         assert not self.held.total()
         assert not self.owed
-        assert self.leader.pool.pinned == 0
-        assert self.leader.pool.used == len(self.told)
-        assert len(self.leader.leases) == 0
+        assert self.leader.tiers.host.pinned == 0
+        assert self.leader.tiers.host.used == len(self.told)
+        assert len(self.leader.lending.leases) == 0
 
 
 TestLeader = LeaderMachine.TestCase

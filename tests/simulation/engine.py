@@ -61,6 +61,7 @@ class Engine:
         self._world = world
         self._node = node
         self._stepping = False
+        self.was_reset = False
 
     def submit(self, request: Request) -> None:
         """A user asks."""
@@ -97,6 +98,9 @@ class Engine:
         leader, now = self._node.leader, self._world.timeline.now
         for rank in self._node.ranks:
             results = rank.take_results()
+            if results is None:
+                continue
+            self._world.oracles.reported(self._node, results)
             leader.report(results, now)
             for loaded in results.loads:
                 self._rank_loaded(loaded)
@@ -129,6 +133,7 @@ class Engine:
         if chance.random() < weather.resets:
             self.pool.reset()
             self._node.leader.reset()
+            self.was_reset = True
 
     def _preempt(self, request: Request) -> None:
         self.pool.release(request.blocks)
@@ -173,7 +178,7 @@ class Engine:
                 request.asked_since = now
             waited = now - request.asked_since
             self._world.check(
-                waited < 2 * self._world.limits.lookup_seconds,
+                waited < self._world.longest_wait,
                 f"{request.name} has waited for {waited:.3f} s",
             )
         else:
@@ -207,7 +212,10 @@ class Engine:
 
     def _offer(self, request: Request) -> None:
         offer = slice(request.offered, request.computed)
-        dealt_with, held = self._node.leader.store(request.chain[offer], request.blocks[offer])
+        dealt_with, held = self._node.leader.store(
+            request.chain[offer], request.blocks[offer],
+            request=request.name, depth=request.offered,
+        )  # fmt: skip
         request.offered += dealt_with
         self.pool.hold(held)
 

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kvbm_schemas.block import count
 from kvbm_schemas.events import Beat
 from kvbm_schemas.requests import Leased
-from kvbm_service.core import cursor, journal, leader, lease, registry, saves
+from kvbm_service.core import cursor, journal, leader, lease, moves, pool, reads, registry
 from kvbm_service.core.columns import unpack_u32
 from tests.simulation import rank
 from tests.simulation.weather import Weather
@@ -40,39 +39,37 @@ class Mutant(NamedTuple):
 
 
 def _commit_before_all_ranks(patch: Patch) -> None:
-    right = saves.Saves.report
+    right = moves.Moves.report
 
-    def report(self: saves.Saves, op: int, rank: int, good: bool) -> Any:
+    def report(self: moves.Moves, op: int, rank: int, *how: Any) -> Any:
         for other in range(self._world_size):
-            settled = right(self, op, other, good)
+            settled = right(self, op, other, *how)
         return settled
 
-    patch.setattr(saves.Saves, "report", report)
+    patch.setattr(moves.Moves, "report", report)
 
 
 def _believe_a_failed_save(patch: Patch) -> None:
-    right = saves.Saves.report
+    right = moves.Moves.report
     patch.setattr(
-        saves.Saves, "report", lambda self, op, rank, good: right(self, op, rank, good=True)
+        moves.Moves, "report", lambda self, op, rank, failed, *how: right(self, op, rank, ())
     )
 
 
 def _free_saved_blocks_early(patch: Patch) -> None:
     right = leader.Leader.store
     patch.setattr(
-        leader.Leader, "store", lambda self, chain, blocks: (right(self, chain, blocks)[0], [])
+        leader.Leader, "store", lambda self, *what, **more: (right(self, *what, **more)[0], [])
     )
     patch.setattr(leader.Leader, "take_freed_blocks", lambda self: [])
 
 
 def _leave_the_header_while_refilling(patch: Patch) -> None:
-    patch.setattr(rank.Rank, "clear_headers", lambda self, slots: None)
+    patch.setattr(rank.Rank, "take_labels", lambda self, tier, slots: None)
 
 
 def _read_without_looking_at_headers(patch: Patch) -> None:
-    patch.setattr(
-        rank.Rank, "believed", lambda self, owner, read: [True] * count(read.hashes)
-    )
+    patch.setattr(rank.Rank, "proven", lambda self, owner, tier, slot, label: True)
 
 
 def _lease_without_pinning(patch: Patch) -> None:
@@ -81,7 +78,7 @@ def _lease_without_pinning(patch: Patch) -> None:
     def acquire(self: leader.Leader, hashes: bytes, token: str, now: float) -> Any:
         answer = right(self, hashes, token, now)
         if isinstance(answer, Leased):
-            self.pool.unpin(list(unpack_u32(answer.slots)))
+            self.tiers.host.unpin(list(unpack_u32(answer.slots)))
         return answer
 
     def release(self: lease.LeaseTable, token: str) -> list[int]:
@@ -94,9 +91,11 @@ def _lease_without_pinning(patch: Patch) -> None:
 
 
 def _forget_to_give_leases_back(patch: Patch) -> None:
-    patch.setattr(
-        leader.Leader, "_let_go", lambda self, plan: self.pool.unpin(plan.local_slots)
-    )
+    def let_go(self: leader.Leader, plan: reads.Plan) -> None:
+        for pinned in plan.pinned:
+            self.tiers.unpin(pinned.tier, pinned.slots)
+
+    patch.setattr(leader.Leader, "_let_go", let_go)
 
 
 def _keep_leases_for_ever(patch: Patch) -> None:
@@ -104,7 +103,7 @@ def _keep_leases_for_ever(patch: Patch) -> None:
 
 
 def _wait_without_a_deadline(patch: Patch) -> None:
-    patch.setattr(leader.Leader, "_answer_by", lambda self, reader, now: now + 3600.0)
+    patch.setattr(leader.Leader, "_answer_by", lambda self, reader, now, *_: now + 3600.0)
 
 
 def _count_nothing_that_is_dropped(patch: Patch) -> None:
@@ -122,11 +121,7 @@ def _count_nothing_that_is_dropped(patch: Patch) -> None:
 
 
 def _snapshot_with_blocks_on_their_way(patch: Patch) -> None:
-    patch.setattr(
-        leader.Leader,
-        "snapshot",
-        lambda self: (self.journal.beat(), [*self.pool._ready, *self.pool._filling]),
-    )
+    patch.setattr(pool.Pool, "blocks", lambda self: [*self._ready, *self._filling])
 
 
 def _apply_over_a_gap(patch: Patch) -> None:

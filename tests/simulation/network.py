@@ -25,7 +25,9 @@ class Place(Protocol):
 
     name: str
     process: Process
-    online: bool
+
+    @property
+    def online(self) -> bool: ...
 
     def receive(self, sender: str, message: Message, answer: Answer) -> None: ...
 
@@ -35,6 +37,7 @@ class Network:
 
     def __init__(self, timeline: Timeline, chance: random.Random, weather: Weather) -> None:
         self._timeline = timeline
+        self._wire = Process()
         self._chance = chance
         self.weather = weather
         self.places: dict[str, Place] = {}
@@ -104,4 +107,13 @@ class Network:
         copies = 1 + (chance.random() < weather.duplication) - (chance.random() < weather.loss)
         for _ in range(copies):
             delay = weather.longest_delay * (chance.random() if not weather.calm else 1.0)
-            self._timeline.after(delay, place.process, lambda: hand_over(place, arrived))
+            self._timeline.after(
+                delay, self._wire, lambda: self._arrive(target, arrived, hand_over)
+            )
+
+    def _arrive(
+        self, target: str, message: Message, hand_over: Callable[[Place, Message], None]
+    ) -> None:
+        """It reaches whoever has the name by now."""
+        place = self.places[target]
+        self._timeline.after(0.0, place.process, lambda: hand_over(place, message))

@@ -5,14 +5,16 @@ A node lives once: after a crash, another one with the same name takes its place
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvbm_schemas import step
-from kvbm_schemas.block import BlockHash, Tier, pack
+from kvbm_schemas.block import BlockHash, pack
 from kvbm_schemas.message import Message
 from kvbm_schemas.records import NodeRecord
 from kvbm_schemas.requests import (
     Acquire,
+    LeaseAnswer,
     Leased,
     Located,
     Lookup,
@@ -21,11 +23,21 @@ from kvbm_schemas.requests import (
     Resync,
     SnapshotChunk,
 )
-from kvbm_service.core.effects import Announce, AskOwner, AskRegistry, Effect, GiveBack, Publish
+from kvbm_schemas.step import Moved
+from kvbm_service.core.effects import (
+    Announce,
+    Answer,
+    AskOwner,
+    AskRegistry,
+    Effect,
+    GiveBack,
+    Publish,
+    TellRanks,
+)
 from kvbm_service.core.journal import Journal
 from tests.simulation.directory import Entry, Watcher
 from tests.simulation.engine import Engine
-from tests.simulation.network import Answer
+from tests.simulation.network import Answer as Reply
 from tests.simulation.rank import Rank
 from tests.simulation.timeline import Process
 
@@ -35,6 +47,7 @@ if TYPE_CHECKING:
 TICK_SECONDS = 0.05
 BEAT_SECONDS = 0.15
 CHUNK_BLOCKS = 3
+STAGING_SECONDS = 0.12
 LOOKUP_SECONDS = 0.03
 
 
@@ -46,17 +59,39 @@ class Node:
         self.name = name
         self.process = Process()
         self.online = True
+        instance = world.new_instance(name)
         self.ranks = [
-            Rank(world, name, number, Process()) for number in range(world.weather.world_size)
+            Rank(world, name, number, instance, world.memory(name, number))
+            for number in range(world.weather.world_size)
         ]
-        self.leader = world.make_leader(tuple(rank.record() for rank in self.ranks))
+        self.leader = world.make_leader(tuple(rank.record() for rank in self.ranks), instance)
         self.leader.journal = world.witness(name, self.leader.journal)
+        self.leader.tiers._journal = self.leader.journal
         self.engine = Engine(world, self)
+        self.ready = False
+        """Whether the engine may begin."""
+        self.was_reset = False
+        """Whether no later life may find anything."""
+        earlier = world.nodes.get(name)
+        self.nothing_is_left = earlier is not None and earlier.was_reset
         self._watcher = Watcher(world.directory, world.timeline, self._peer_changed)
         self._tokens = 0
+        self._asking: dict[str, tuple[bytes, Reply]] = {}
+        """Who waits for our disk, and what for."""
         self._member = False
         self._every(BEAT_SECONDS, self._beat)
         self._every(TICK_SECONDS, self._tick)
+        delay = world.chance.choice((0.0, world.chance.random() * 0.2))
+        world.timeline.after(delay, self.process, self._adopt)
+
+    def _adopt(self) -> None:
+        """Take over what the ranks found, before or after the node has begun to take part."""
+        for tiers in zip(*(rank.survivors for rank in self.ranks), strict=True):
+            adopted = self.leader.adopt(tiers)
+            self.world.adopted[tiers[0].tier] += adopted
+        self.world.oracles.adopted_is_there(self)
+        self.ready = True
+        self.pump()
 
     @property
     def journal(self) -> Journal:
@@ -73,8 +108,9 @@ class Node:
 
     def take_commands(self) -> step.StepCommands:
         """The step's commands, after a look at what they would overwrite."""
-        commands = self.leader.take_commands()
-        self.world.oracles.slots_are_free(self, commands)
+        commands = self.leader.take_commands(self._now)
+        self.was_reset = self.was_reset or self.engine.was_reset
+        self.world.oracles.commands_are_right(self, commands)
         self.pump()
         return commands
 
@@ -97,6 +133,10 @@ class Node:
                 self._ask_registry(request, attempt, Lookup(hashes=hashes, asker=self.name))
             case AskOwner():
                 self._ask_owner(effect)
+            case TellRanks():
+                self._tell_ranks(effect)
+            case Answer(lease, granted):
+                self._grant(lease, granted)
 
     def _publish(self, event: Message) -> None:
         for registry in self.world.registry_names:
@@ -123,17 +163,38 @@ class Node:
             )  # fmt: skip
             self.pump()
 
-        patience = 4 * LOOKUP_SECONDS
+        patience = question.seconds + 3 * LOOKUP_SECONDS
         acquire = Acquire(hashes=question.hashes)
         self.world.network.ask(self, question.node, acquire, patience, answered)
 
-    def receive(self, sender: str, message: Message, answer: Answer) -> None:
+    def _tell_ranks(self, order: TellRanks) -> None:
+        heard: list[bool] = []
+        self.world.oracles.fetch_is_right(self, order.fetch)
+
+        def answered(rank: Rank, answer: Message | None) -> None:
+            heard.append(isinstance(answer, Moved) and answer.op == order.fetch.op)
+            if isinstance(answer, Moved):
+                self.leader.moved(answer, rank.number, self._now)
+            if len(heard) == len(self.ranks) and not all(heard):
+                self.world.unheard += 1
+                self.leader.unheard(order.fetch)
+            self.pump()
+
+        for rank in self.ranks:
+            self.world.network.ask(
+                self, rank.name, order.fetch, order.seconds, partial(answered, rank)
+            )
+
+    def receive(self, sender: str, message: Message, answer: Reply) -> None:
         """Something came over the bus."""
         match message:
             case Acquire(hashes=hashes):
                 self._tokens += 1
                 token = f"{self.name}-{self.journal.epoch}-{self._tokens:016}"
-                answer(self.leader.acquire(hashes, token, self._now))
+                self._asking[token] = hashes, answer
+                granted = self.leader.acquire(hashes, token, self._now)
+                if granted is not None:
+                    self._grant(token, granted)
             case Release(lease=lease):
                 self.leader.release(lease)
             case Resync():
@@ -141,14 +202,18 @@ class Node:
         self.leader.check_integrity()
         self.pump()
 
-    def _send_snapshot(self, answer: Answer) -> None:
-        beat, blocks = self.leader.snapshot()
-        total = max(1, -(-len(blocks) // CHUNK_BLOCKS))
-        for index in range(total):
-            part: list[BlockHash] = blocks[index * CHUNK_BLOCKS : (index + 1) * CHUNK_BLOCKS]
+    def _grant(self, lease: str, granted: LeaseAnswer) -> None:
+        hashes, answer = self._asking.pop(lease)
+        self.world.oracles.lease_is_true(self, hashes, granted)
+        answer(granted)
+
+    def _send_snapshot(self, answer: Reply) -> None:
+        beat, tiers = self.leader.snapshot()
+        parts = [(tier, part) for tier, blocks in tiers for part in _chunks(blocks)]
+        for index, (tier, part) in enumerate(parts):
             chunk = SnapshotChunk(
-                epoch=beat.epoch, seq=beat.seq, index=index, total=total,
-                tier=Tier.HOST, hashes=pack(part),
+                epoch=beat.epoch, seq=beat.seq, index=index, total=len(parts),
+                tier=tier, hashes=pack(part),
             )  # fmt: skip
             answer(chunk)
 
@@ -170,7 +235,7 @@ class Node:
         if self.name in directory.live():
             return  # an earlier life's record; it will end
         epoch = directory.next_epoch()
-        self.journal.begin(epoch, empty=len(self.leader.pool) == 0)
+        self.journal.begin(epoch, empty=self.leader.tiers.empty)
         record = NodeRecord(
             node=self.name, epoch=epoch, world_size=len(self.ranks), block_bytes=1
         )
@@ -179,9 +244,9 @@ class Node:
     def _tick(self) -> None:
         self._watcher.look(self._sees_directory)
         self.leader.online = self.online
-        leases = len(self.leader.leases)
+        leases = len(self.leader.lending.leases)
         self.leader.tick(self._now)
-        self.world.expired_leases += leases - len(self.leader.leases)
+        self.world.expired_leases += leases - len(self.leader.lending.leases)
         self.leader.check_integrity()
         self.pump()
         self.engine.wake()
@@ -205,3 +270,8 @@ class Node:
     def _every(self, period: float, action: object) -> None:
         self.world.timeline.every(period, self.process, action)  # type: ignore[arg-type]
 
+
+def _chunks(blocks: list[BlockHash]) -> list[list[BlockHash]]:
+    """A tier's blocks in portions for one message each; an empty tier is one portion, too."""
+    starts = range(0, max(1, len(blocks)), CHUNK_BLOCKS)
+    return [blocks[start : start + CHUNK_BLOCKS] for start in starts]

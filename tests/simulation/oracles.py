@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kvbm_schemas import step
 from kvbm_schemas.block import BlockHash, Tier, unpack
 from kvbm_schemas.events import BlockEvent, Stored
-from kvbm_service.core.columns import unpack_u32
+from kvbm_schemas.requests import LeaseAnswer, Leased
+from kvbm_service.core.columns import unpack_u32, unpack_u64
 from kvbm_service.core.journal import Journal
+from tests.simulation.demand import Demand
+from tests.simulation.slots import Label
 
 if TYPE_CHECKING:
     from tests.simulation.node import Node
@@ -18,6 +22,12 @@ if TYPE_CHECKING:
 
 Moment = tuple[int, int]
 """(epoch, seq)"""
+
+Copy = tuple[BlockHash, Tier]
+"""A block in a tier."""
+
+Place = tuple[Tier, int]
+"""A slot of a tier."""
 
 SNAPSHOTS_PER_LIFE = 1
 """On a perfect network a registry asks a leader for its blocks this often: when they meet."""
@@ -31,11 +41,11 @@ class History:
     """What a node held at each moment, whatever of it was ever published."""
 
     def __init__(self) -> None:
-        self.states: dict[Moment, frozenset[BlockHash]] = {}
-        self._held: set[BlockHash] = set()
+        self.states: dict[Moment, frozenset[Copy]] = {}
+        self._held: set[Copy] = set()
 
     def changed(
-        self, journal: Journal, add: Sequence[BlockHash] = (), drop: Sequence[BlockHash] = ()
+        self, journal: Journal, add: Iterable[Copy] = (), drop: Iterable[Copy] = ()
     ) -> None:
         """Event (epoch, seq) has happened."""
         self._held.difference_update(drop)
@@ -68,11 +78,11 @@ def witnessed(journal: Journal, history: History) -> Journal:
 
         def stored(self, blocks: Sequence[BlockHash], tier: Tier = Tier.HOST) -> None:
             super().stored(blocks, tier)
-            history.changed(self, add=blocks)
+            history.changed(self, add=[(block, tier) for block in blocks])
 
         def removed(self, blocks: Sequence[BlockHash], tier: Tier = Tier.HOST) -> None:
             super().removed(blocks, tier)
-            history.changed(self, drop=blocks)
+            history.changed(self, drop=[(block, tier) for block in blocks])
 
         def cleared(self) -> None:
             super().cleared()
@@ -88,35 +98,112 @@ class Oracles:
     def __init__(self, world: World) -> None:
         self._world = world
         self._cursors: dict[tuple[RegistryHost, str], Moment] = {}
+        self._demand: dict[Node, Demand] = {}
 
     # -- always ----------------------------------------------------------------------------
 
-    def slots_are_free(self, node: Node, commands: step.StepCommands) -> None:
-        """Nothing that is leased, or being read by the own ranks, is about to be overwritten."""
-        saved = {slot for save in commands.saves for slot in unpack_u32(save.slots)}
-        if not saved:
-            return
+    def commands_are_right(self, node: Node, commands: step.StepCommands) -> None:
+        """What ranks are told is within the rules, and spoils nothing that is in use."""
+        told = self._world.told
+        told["spills"] += len(commands.spills)
+        told["saves"] += len(commands.saves)
+        told["fetches"] += len(commands.fetches)
+        told["remote fetches"] += len(commands.remote_fetches)
+        told["disk loads"] += sum(load.disk is not None for load in commands.loads)
+        self.slots_are_free(node)
+        self._disk_is_used_as_wanted(node, commands)
+        self._demand_of(node).told(commands)
+
+    def fetch_is_right(self, node: Node, fetch: step.Fetch) -> None:
+        """Likewise for what does not ride a step."""
+        self._world.told["fetches by bus"] += 1
+        self.slots_are_free(node)
+
+    def reported(self, node: Node, results: step.StepResults) -> None:
+        """A rank tells the leader what it has finished."""
+        self._demand_of(node).reported(results)
+
+    def slots_are_free(self, node: Node) -> None:
+        """What is leased, read or planned with is not to be overwritten, nor written to twice."""
         leader = node.leader
-        kept = {slot for slots in leader.leases._slots.values() for slot in slots}
-        kept.update(slot for load in leader._loads.values() for slot in load.plan.local_slots)
-        for reader in leader._readers.values():
-            if reader.plan is not None:
-                kept.update(reader.plan.local_slots)
-        self._world.check(not saved & kept, f"{node.name} overwrites slots that are in use")
+        moves = [one.move for one in leader.orders.moves._open.values()]
+        targets = Counter((move.tier, slot) for move in moves for slot in move.slots)
+        twice = [place for place, count in targets.items() if count > 1]
+        self._world.check(not twice, f"{node.name} fills a slot with two blocks")
+        kept: set[Place] = set()
+        for slots in leader.lending.leases._slots.values():
+            kept.update((Tier.HOST, slot) for slot in slots)
+        plans = [load.order.plan for load in leader._loads.values()]
+        plans += [reader.plan for reader in leader._readers.values() if reader.plan]
+        for plan in plans:
+            kept.update((pinned.tier, slot) for pinned in plan.pinned for slot in pinned.slots)
+        for move in moves:
+            if move.pinned is not None:
+                tier, read = move.pinned
+                kept.update((tier, slot) for slot in read)
+        self._world.check(
+            not targets.keys() & kept, f"{node.name} overwrites slots that are in use"
+        )
+
+    def _disk_is_used_as_wanted(self, node: Node, commands: step.StepCommands) -> None:
+        check, limits = self._world.check, self._world.limits
+        to = Tier.DISK if limits.disk_only else Tier.HOST
+        check(all(save.tier is to for save in commands.saves), f"{node.name} saves elsewhere")
+        if any(rank.told_disk_lost for rank in node.ranks):
+            used = commands.spills or commands.fetches or (limits.disk_only and commands.saves)
+            check(not used, f"{node.name} uses a disk that is lost")
+        if limits.min_frequency and not limits.disk_only:
+            demand = self._demand_of(node)
+            for spill in commands.spills:
+                wanted = [demand.frequency(block) for block in unpack(spill.hashes)]
+                check(
+                    min(wanted) >= limits.min_frequency,
+                    f"{node.name} puts a block on disk that nobody wants",
+                )
+
+    def _demand_of(self, node: Node) -> Demand:
+        return self._demand.setdefault(node, Demand(len(node.ranks)))
+
+    def lease_is_true(self, node: Node, hashes: bytes, answer: LeaseAnswer) -> None:
+        """Blocks that another node may read are there, on every rank."""
+        if isinstance(answer, Leased):
+            slots, fills = unpack_u32(answer.slots), unpack_u64(answer.fills)
+            for name, slot, fill in zip(unpack(hashes), slots, fills, strict=False):
+                right = self._is_there(node, Tier.HOST, slot, Label(name, fill))
+                self._world.check(right, f"{node.name} lends a block that is not there")
+
+    def adopted_is_there(self, node: Node) -> None:
+        """What was taken over from an earlier life is there, and nothing that was to be gone."""
+        self._holds_what_it_says(node, f"{node.name} has adopted what is not there")
+        self._world.check(
+            not node.nothing_is_left or node.leader.tiers.empty,
+            f"{node.name} has found blocks that were to be forgotten",
+        )
+
+    def _holds_what_it_says(self, node: Node, otherwise: str) -> None:
+        for tier, pool in node.leader.tiers._pools:
+            for name, slot in pool._ready.items():
+                label = Label(name, pool._fills[slot])
+                self._world.check(self._is_there(node, tier, slot, label), otherwise)
+
+    def _is_there(self, node: Node, tier: Tier, slot: int, label: Label) -> bool:
+        """Whether every rank has written this, be it damaged since or not."""
+        slots = [rank.tiers[tier] for rank in node.ranks]
+        return all(
+            rank.labels[slot] == label and rank.checksums[slot] == label.name for rank in slots
+        )
 
     def event_is_true(self, node: Node, event: BlockEvent) -> None:
         """A block that is said to be stored is there, whole, on every rank."""
-        if not isinstance(event, Stored):
+        if not isinstance(event, Stored) or not node.leader.tiers.has(event.tier):
             return
-        pool = node.leader.pool
+        pool = node.leader.tiers.pool(event.tier)
         for name in unpack(event.hashes):
             slot = pool._ready.get(name)
             if slot is None:
                 continue  # gone again within the same step
-            for rank in node.ranks:
-                header = rank.headers[slot]
-                right = header is not None and header[0] == rank.slots[slot] == name
-                self._world.check(right, f"{node.name} tells of a block that is not there")
+            right = self._is_there(node, event.tier, slot, Label(name, pool._fills[slot]))
+            self._world.check(right, f"{node.name} tells of a block that is not there")
 
     def member_left(self, host: RegistryHost, node: str) -> None:
         """`host` starts anew with `node`."""
@@ -144,8 +231,7 @@ class Oracles:
                 self._nothing_leaks(node)
         for host in self._world.registries.values():
             for name, node in self._world.nodes.items():
-                held = node.leader.pool.blocks() if node.process.alive else ()
-                truth = frozenset(held)
+                truth = _copies(node) if node.process.alive else frozenset()
                 self._world.check(
                     host.view(name) == truth, f"{host.name} does not know what {name} holds"
                 )
@@ -157,10 +243,18 @@ class Oracles:
         check(not node.engine.requests, f"{node.name}: requests hang: {list(node.engine.requests)}")
         check(not leader.busy and not leader.holds_device_blocks, f"{node.name} is still busy")
         check(node.engine.pool.in_use == 0, f"{node.name} lost device blocks")
-        check(leader.pool.pinned == 0, f"{node.name} still pins slots")
-        check(leader.pool.used == len(leader.pool), f"{node.name} lost slots")
-        check(len(leader.leases) == 0, f"{node.name} still leases")
+        check(len(leader.orders.moves) == 0, f"{node.name} still moves blocks")
+        for tier, pool in leader.tiers._pools:
+            check(pool.pinned == 0, f"{node.name} still pins slots in {tier}")
+            check(pool.used == len(pool), f"{node.name} lost slots in {tier}")
+        check(len(leader.lending.leases) == 0, f"{node.name} still leases")
+        check(not leader.lending._staged and not node._asking, f"{node.name} owes an answer")
+        check(leader.prefetch._brought == 0, f"{node.name} lost some of what it may prefetch")
+        check(not leader.prefetch._asked, f"{node.name} still waits for leases to prefetch")
         check(not leader._readers, f"{node.name} still follows requests")
+        self._holds_what_it_says(node, f"{node.name} does not hold what it says")
+        lost = any(rank.told_disk_lost for rank in node.ranks)
+        check(not (lost and leader.tiers.disk), f"{node.name} still has a disk that is lost")
 
     def _messages_stay_within_budget(self) -> None:
         """On a perfect network nobody asks for snapshots in vain, and no lease has to run out."""
@@ -172,3 +266,10 @@ class Oracles:
         world.check(asked <= budget, f"{asked} snapshots were asked for on a perfect network")
         if not world.trouble.duplication:  # a question heard twice is answered with two leases
             world.check(world.expired_leases == 0, "leases had to run out on a perfect network")
+
+
+def _copies(node: Node) -> frozenset[Copy]:
+    """What a node holds."""
+    return frozenset(
+        (block, tier) for tier, pool in node.leader.tiers._pools for block in pool.blocks()
+    )

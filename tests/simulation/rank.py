@@ -1,50 +1,71 @@
-"""A simulated rank: device blocks, a slab of slots with headers, and copies that take time.
+"""A simulated rank: device blocks, a host and a disk tier, and copies that take time.
 
-A block's bytes are its name; a place that is being written, or never was, holds `TORN`.
+All copies go on at the same time, each at its own pace: whatever order a leader counts on, it
+has to wait for. What is written is looked at while it is: nobody else may touch it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from kvbm_schemas import step
-from kvbm_schemas.block import unpack
+from kvbm_schemas.block import BlockHash, Tier, unpack
+from kvbm_schemas.message import Message
 from kvbm_schemas.records import RankRecord, SlabRecord
 from kvbm_service.core.columns import pack_u32, unpack_u32, unpack_u64
+from kvbm_service.fetched import Fetched
+from tests.simulation.network import Answer
+from tests.simulation.slots import TORN, Label, Slots, labels
 from tests.simulation.timeline import Process
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-TORN = b""
-Header = tuple[bytes, int]
+Tell = Callable[[step.Moved], None]
+Proof = Callable[[], list[bool]]
+"""Which of the blocks that were read are really those."""
 
 
 class Rank:
-    """One rank's memory, and what it does on command."""
+    """One rank's memory in one life, and what it does on command."""
 
-    def __init__(self, world: World, node: str, number: int, process: Process) -> None:
-        weather = world.weather
+    def __init__(
+        self, world: World, node: str, number: int, instance: str, tiers: dict[Tier, Slots]
+    ) -> None:
         self.world = world
         self.number = number
-        self.process = process
+        self.name = f"{node}.{number}"
+        self.process = Process()
         self.agent = world.new_agent(self, f"{node}/{number}")
-        self.device = [TORN] * weather.device_blocks
-        self.slots = [TORN] * weather.host_slots
-        self.headers: list[Header | None] = [None] * weather.host_slots
-        self.touched: Counter[int] = Counter()
-        """Own copies under way, by slot."""
+        self.instance = instance
+        self.device = [TORN] * world.weather.device_blocks
+        self.tiers = tiers
+        self.survivors = [slots.survivors(tier) for tier, slots in tiers.items()]
+        self.disk_lost = ""
+        self.told_disk_lost = False
+        self.fetches_begun: Counter[int] = Counter()
+        self._first_fill = 1 + max(slots.last_fill for slots in tiers.values())
+        """Whoever stamps with less could be mistaken for an earlier life."""
+        self._reading: Counter[tuple[Tier, int]] = Counter()
+        self._writing: set[tuple[Tier, int]] = set()
         self._node = node
         self._known: set[str] = set()
-        self._saved: list[int] = []
-        self._save_failed: list[int] = []
+        self._moved: list[step.Moved] = []
         self._loaded: list[step.LoadResult] = []
+        self._fetched = Fetched()
+
+    @property
+    def online(self) -> bool:
+        """Whether it is on the bus."""
+        return self.world.nodes[self._node].online
 
     def record(self) -> RankRecord:
         """What the directory says about this rank."""
-        slab = SlabRecord(base=0, headers=0, slots=len(self.slots), slot_bytes=1, header_bytes=1)
+        slots = len(self.tiers[Tier.HOST].contents)
+        slab = SlabRecord(base=0, headers=0, slots=slots, slot_bytes=1, header_bytes=1)
+        disk = self.tiers.get(Tier.DISK)
         return RankRecord(
             node=self._node,
             rank=self.number,
@@ -52,64 +73,141 @@ class Rank:
             agent=self.agent,
             agent_metadata=b"",
             slab=slab,
+            instance=self.instance,
+            disk_slots=len(disk.contents) if disk else 0,
         )
 
+    # -- commands and results --------------------------------------------------------------
+
     def begin_step(self, commands: step.StepCommands) -> None:
-        """Meet and forget peers, and start loading; saves have to wait for the forward pass."""
+        """All but saves, which have to wait for the forward pass."""
+        if commands.forget:
+            for slots in self.tiers.values():
+                slots.forgotten = True
         self._known.difference_update(commands.gone)
         self._known.update(record.agent for record in commands.peers)
         if commands.loads:
             self._maybe_nap()
+        for spill in commands.spills:
+            self._play(self.spill(spill))
+        for fetch in commands.fetches:
+            self.fetch(fetch, self._tell_leader)
+        for remote in commands.remote_fetches:
+            self._play(self.fetch_remote(remote))
         for load in commands.loads:
-            self.world.timeline.play(self.process, self.load(load))
+            self._play(self.load(load))
 
     def end_step(self, commands: step.StepCommands) -> None:
         """The forward pass is over: start saving."""
         for save in commands.saves:
-            self.world.timeline.play(self.process, self.save(save))
+            self._play(self.save(save))
 
-    def take_results(self) -> step.StepResults:
-        """What was finished since the last call."""
+    def receive(self, sender: str, message: Message, answer: Answer) -> None:
+        """The own leader wants something at once."""
+        if isinstance(message, step.Fetch) and message.instance == self.instance:
+            self.fetch(message, answer)
+
+    def take_results(self) -> step.StepResults | None:
+        """What was finished since the last call, if anything."""
+        if not (self._moved or self._loaded):
+            return None
         results = step.StepResults(
             rank=self.number,
-            saved=tuple(self._saved),
-            save_failed=tuple(self._save_failed),
+            moved=tuple(self._moved),
             loads=tuple(self._loaded),
+            disk_lost=self.disk_lost,
         )
-        self._saved, self._save_failed, self._loaded = [], [], []
+        self.told_disk_lost = bool(self.disk_lost)
+        self._moved, self._loaded = [], []
         return results
 
-    # -- copies ----------------------------------------------------------------------------
+    # -- into slots ------------------------------------------------------------------------
 
     def save(self, command: step.Save) -> Iterator[float]:
-        """Device → slots: clear the headers, copy, then set the headers."""
-        hashes, slots = unpack(command.hashes), unpack_u32(command.slots)
-        yield self._pause()
-        for slot in slots:
-            self.world.check(not self.touched[slot], "a slot is rewritten while it is copied")
-            self.touched[slot] += 1
-            self.slots[slot] = TORN
-        self.clear_headers(list(slots))
-        self._maybe_nap()
+        """Device → slots."""
+        blocks = unpack_u32(command.blocks)
         broken = self.world.copy_fails()
-        for block, slot in zip(unpack_u32(command.blocks), slots, strict=True):
-            yield self._pause()
-            if not broken:
-                self.slots[slot] = self.device[block]
-        yield self._pause()
-        self.touched.subtract(slots)
-        if broken:
-            self._save_failed.append(command.op)
-            return
-        for name, slot in zip(hashes, slots, strict=True):
-            self.headers[slot] = (name, command.op)
-        self._saved.append(command.op)
+        yield from self._fill(
+            command.tier, command.op, unpack(command.hashes), unpack_u32(command.slots),
+            lambda position: self.device[blocks[position]],
+            lambda: [not broken] * len(blocks),
+            self._tell_leader,
+        )  # fmt: skip
+
+    def spill(self, command: step.Spill) -> Iterator[float]:
+        """Host slots → disk slots."""
+        yield from self._copy(
+            command, Tier.HOST, command.host, Tier.DISK, command.disk, self._tell_leader
+        )
+
+    def fetch(self, command: step.Fetch, tell: Tell) -> None:
+        """Disk slots → host slots, once, however often and by whatever way it is told."""
+        if self._fetched.begin(command.op, tell):
+            self.fetches_begun[command.op] += 1
+            script = self._copy(
+                command, Tier.DISK, command.disk, Tier.HOST, command.host, self._fetched.end
+            )
+            self._play(script)
+
+    def _copy(
+        self, command: step.Spill | step.Fetch, source: Tier, from_: bytes, target: Tier,
+        to: bytes, tell: Tell,
+    ) -> Iterator[float]:  # fmt: skip
+        slots, names = unpack_u32(from_), unpack(command.hashes)
+        expected = labels(names, unpack_u64(command.fills))
+        broken = self.world.copy_fails()
+        own = self.tiers[source]
+        self._begin_reading(source, slots)
+        yield from self._fill(
+            target, command.op, names, unpack_u32(to),
+            lambda position: own.contents[slots[position]],
+            lambda: self._proven(source, slots, expected, broken),
+            tell,
+        )  # fmt: skip
+        self._end_reading(source, slots)
+
+    def fetch_remote(self, command: step.RemoteFetch) -> Iterator[float]:
+        """Another node's host slots → own host slots."""
+        pull = _Pull(self, command)
+        yield from self._fill(
+            Tier.HOST, command.op, unpack(command.hashes), unpack_u32(command.host),
+            pull.read, pull.proven, self._tell_leader,
+        )  # fmt: skip
+
+    def _fill(
+        self, tier: Tier, op: int, names: Sequence[BlockHash], slots: Sequence[int],
+        read: Callable[[int], bytes], proven: Proof, tell: Tell,
+    ) -> Iterator[float]:  # fmt: skip
+        """Take the labels away, copy block by block, label what is right, and tell."""
+        self.world.check(op >= self._first_fill, "a stamp of an earlier life is used again")
+        yield self._pause(tier)
+        self._begin_writing(tier, slots)
+        self._maybe_nap()
+        into = self.tiers[tier]
+        for position, slot in enumerate(slots):
+            yield self._pause(tier)
+            into.write(slot, read(position))
+        yield self._pause(tier)
+        good = proven() if self._works(tier) else [False] * len(slots)
+        self._writing.difference_update((tier, slot) for slot in slots)
+        for name, slot, right in zip(names, slots, good, strict=True):
+            if right:
+                into.labels[slot] = Label(name, op)
+        failed = [position for position, right in enumerate(good) if not right]
+        tell(step.Moved(op=op, failed=pack_u32(failed), reason="broken" if failed else ""))
+
+    def _tell_leader(self, moved: step.Moved) -> None:
+        self._moved.append(moved)
+
+    # -- into the device -------------------------------------------------------------------
 
     def load(self, command: step.Load) -> Iterator[float]:
         """Slots, own and others' → device; then say which device blocks cannot be believed."""
         failed: list[int] = []
         if command.local is not None:
-            yield from self._copy_own(command.local, failed)
+            yield from self._copy_own(Tier.HOST, command.local, failed)
+        if command.disk is not None:
+            yield from self._copy_own(Tier.DISK, command.disk, failed)
         for read in command.remote:
             yield from self._pull(read, failed)
         self._loaded.append(
@@ -118,53 +216,109 @@ class Rank:
             )
         )
 
-    def _copy_own(self, read: step.LocalRead, failed: list[int]) -> Iterator[float]:
+    def _copy_own(self, tier: Tier, read: step.LocalRead, failed: list[int]) -> Iterator[float]:
         slots, blocks = unpack_u32(read.slots), unpack_u32(read.blocks)
-        self.touched.update(slots)
+        expected = labels(unpack(read.hashes), unpack_u64(read.fills))
+        self._begin_reading(tier, slots)
         for slot, block in zip(slots, blocks, strict=True):
             self.device[block] = TORN
-            yield self._pause()
-            self.device[block] = self.slots[slot]
-        self.touched.subtract(slots)
-        broken = self.world.copy_fails()
-        for block, right in zip(blocks, self.believed(self, read), strict=True):
-            if broken or not right:
-                failed.append(block)
+            yield self._pause(tier)
+            self.device[block] = self.tiers[tier].contents[slot]
+        self._end_reading(tier, slots)
+        good = self._proven(tier, slots, expected, self.world.copy_fails())
+        failed.extend(block for block, right in zip(blocks, good, strict=True) if not right)
 
     def _pull(self, read: step.RemoteRead, failed: list[int]) -> Iterator[float]:
-        ends = self.world.timeline.now + read.seconds
-        blocks = unpack_u32(read.blocks)
-        agent = read.agents[self.number]
-        owner = self.world.agents[agent]
-        reachable = agent in self._known and not self.world.copy_fails()
-        for slot, block in zip(unpack_u32(read.slots), blocks, strict=True):
+        pull, blocks = _Pull(self, read), unpack_u32(read.blocks)
+        for position, block in enumerate(blocks):
             self.device[block] = TORN
-            yield self._pause()
-            reachable = reachable and owner.process.alive
-            if reachable:
-                self.device[block] = owner.slots[slot]
-        yield self._pause()
-        reachable = reachable and owner.process.alive and self.world.timeline.now <= ends
-        for block, right in zip(blocks, self.believed(owner, read), strict=True):
-            if not (reachable and right):
-                failed.append(block)
+            yield self._pause(Tier.HOST)
+            self.device[block] = pull.read(position)
+        yield self._pause(Tier.HOST)
+        good = pull.proven()
+        failed.extend(block for block, right in zip(blocks, good, strict=True) if not right)
 
-    def clear_headers(self, slots: list[int]) -> None:
+    # -- small things ----------------------------------------------------------------------
+
+    def knows(self, agent: str) -> bool:
+        """Whether it has met this agent."""
+        return agent in self._known
+
+    def proven(self, owner: Rank, tier: Tier, slot: int, label: Label) -> bool:
+        """Whether a slot, own or another's, still holds what was to be read."""
+        return owner.tiers[tier].holds(slot, label)
+
+    def take_labels(self, tier: Tier, slots: Sequence[int]) -> None:
         """From here on nobody believes what is in these slots."""
         for slot in slots:
-            self.headers[slot] = None
+            self.tiers[tier].labels[slot] = None
 
-    def believed(self, owner: Rank, read: step.LocalRead | step.RemoteRead) -> list[bool]:
-        """Whether each slot still holds what was to be read."""
-        expected = zip(unpack(read.hashes), unpack_u64(read.fills), strict=True)
+    def _proven(
+        self, tier: Tier, slots: Sequence[int], expected: list[Label], broken: bool
+    ) -> list[bool]:
+        works = self._works(tier) and not broken
         return [
-            owner.headers[slot] == header
-            for slot, header in zip(unpack_u32(read.slots), expected, strict=True)
+            works and self.proven(self, tier, slot, label)
+            for slot, label in zip(slots, expected, strict=True)
         ]
+
+    def _works(self, tier: Tier) -> bool:
+        return tier is Tier.HOST or not self.disk_lost
+
+    def _begin_writing(self, tier: Tier, slots: Sequence[int]) -> None:
+        places = {(tier, slot) for slot in slots}
+        touched = any(self._reading[place] for place in places) or places & self._writing
+        self.world.check(not touched, f"a slot in {tier} is rewritten while it is copied")
+        self._writing |= places
+        self.take_labels(tier, slots)
+        for slot in slots:
+            self.tiers[tier].write(slot, TORN)
+
+    def _begin_reading(self, tier: Tier, slots: Sequence[int]) -> None:
+        places = {(tier, slot) for slot in slots}
+        self.world.check(
+            not places & self._writing, f"a slot in {tier} is copied while it is rewritten"
+        )
+        self._reading.update(places)
+
+    def _end_reading(self, tier: Tier, slots: Sequence[int]) -> None:
+        self._reading.subtract({(tier, slot) for slot in slots})
+
+    def _play(self, script: Iterator[float]) -> None:
+        self.world.timeline.play(self.process, script)
 
     def _maybe_nap(self) -> None:
         if self.world.chance.random() < self.world.weather.naps:
             self.world.stop(self.process)
 
-    def _pause(self) -> float:
-        return self.world.chance.random() * self.world.weather.copy_seconds
+    def _pause(self, tier: Tier) -> float:
+        weather = self.world.weather
+        slowness = weather.disk_slowness if tier is Tier.DISK else 1.0
+        return self.world.chance.random() * weather.copy_seconds * slowness
+
+
+class _Pull:
+    """A read of another node's slots, which may vanish meanwhile."""
+
+    def __init__(self, rank: Rank, read: step.RemoteRead | step.RemoteFetch) -> None:
+        self._rank = rank
+        self._agent = read.agents[rank.number]
+        self._owner = rank.world.agents[self._agent]
+        self._slots = unpack_u32(read.slots)
+        self._expected = labels(unpack(read.hashes), unpack_u64(read.fills))
+        self._ends = rank.world.timeline.now + read.seconds
+        self._works = rank.knows(self._agent) and not rank.world.copy_fails()
+
+    def read(self, position: int) -> bytes:
+        self._works = self._works and self._owner.process.alive
+        if not self._works:
+            return TORN
+        return self._owner.tiers[Tier.HOST].contents[self._slots[position]]
+
+    def proven(self) -> list[bool]:
+        works = self._works and self._owner.process.alive
+        works = works and self._rank.world.timeline.now <= self._ends
+        return [
+            works and self._rank.proven(self._owner, Tier.HOST, slot, label)
+            for slot, label in zip(self._slots, self._expected, strict=True)
+        ]

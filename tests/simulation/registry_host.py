@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvbm_schemas.block import BlockHash, pack
+from kvbm_schemas.block import pack
 from kvbm_schemas.events import Beat, Cleared, Removed, Stored
 from kvbm_schemas.message import Message
 from kvbm_schemas.requests import Located, Lookup, Resync, SnapshotChunk
@@ -12,6 +12,7 @@ from kvbm_schemas.subjects import Scope
 from kvbm_service.core.registry import AskSnapshot
 from tests.simulation.directory import Entry, Watcher
 from tests.simulation.network import Answer
+from tests.simulation.oracles import Copy
 from tests.simulation.timeline import Process
 
 if TYPE_CHECKING:
@@ -41,14 +42,15 @@ class RegistryHost:
         """How far it has followed `node`; None: not a member."""
         return next((view.at for view in self.core.nodes() if view.node == node), None)
 
-    def view(self, node: str) -> frozenset[BlockHash]:
+    def view(self, node: str) -> frozenset[Copy]:
         """What it believes that `node` holds."""
         known = self.world.all_blocks
         placements = self.core.locate(SCOPE, pack(known))
         return frozenset(
-            block
+            (block, holder.tier)
             for block, holders in zip(known, placements, strict=True)
-            if any(holder.node == node for holder in holders)
+            for holder in holders
+            if holder.node == node
         )
 
     # -- what the shell does ---------------------------------------------------------------

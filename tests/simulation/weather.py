@@ -14,6 +14,14 @@ class Weather:
     registries: int = 1
     world_size: int = 1
     host_slots: int = 8
+    disk_slots: int = 0
+    disk_only: bool = False
+    filtered: bool = True
+    prefetch_share: float = 0.0
+    disk_slowness: float = 2.0
+    """How many times longer a block takes there."""
+    host_survives: bool = True
+    """Whether host memory outlives its process."""
     device_blocks: int = 10
     requests: int = 12
     longest_delay: float = 0.001
@@ -35,6 +43,9 @@ class Weather:
     aborts: float = 0.02
     """Per request and step; so are preemptions."""
     preemptions: float = 0.02
+    decay: float = 0.0
+    """Of what is on disk. Per node and second; so are losses of a whole disk."""
+    disk_losses: float = 0.0
     resets: float = 0.0
     """Per step."""
 
@@ -43,8 +54,16 @@ class Weather:
         """Whether nothing can get lost and nobody stops."""
         return not (
             self.loss or self.copy_failure or self.partitions or self.outages or self.stops
-            or self.naps or self.crashes or self.registry_crashes
+            or self.naps or self.crashes or self.registry_crashes or self.decay
+            or self.disk_losses
         )  # fmt: skip
+
+
+RATES = (
+    "loss", "duplication", "copy_failure", "partitions", "outages", "stops", "naps", "crashes",
+    "registry_crashes", "decay", "disk_losses", "aborts", "preemptions", "resets",
+)  # fmt: skip
+"""What ends when the trouble is over."""
 
 
 def any_weather(chance: random.Random) -> Weather:
@@ -58,6 +77,12 @@ def any_weather(chance: random.Random) -> Weather:
         registries=chance.randint(1, 2),
         world_size=chance.choice((1, 1, 2)),
         host_slots=chance.choice((1, 4, 8, 16, 24)),
+        disk_slots=chance.choice((0, 4, 12, 24, 40)),
+        disk_only=chance.random() < 0.2,
+        filtered=chance.random() < 0.5,
+        prefetch_share=chance.choice((0.0, 0.25, 0.5)),
+        disk_slowness=chance.choice((1.0, 2.0, 5.0)),
+        host_survives=chance.random() < 0.6,
         device_blocks=chance.randint(6, 14),
         requests=chance.randint(20, 80),
         longest_delay=chance.choice((0.0002, 0.001, 0.01)),
@@ -72,5 +97,7 @@ def any_weather(chance: random.Random) -> Weather:
         naps=sometimes(0.3),
         crashes=sometimes(0.7),
         registry_crashes=sometimes(0.7),
+        decay=sometimes(10.0),
+        disk_losses=sometimes(0.5),
         resets=sometimes(0.03),
     )

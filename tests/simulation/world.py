@@ -8,23 +8,26 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
-from kvbm_schemas.block import HASH_BYTES, BlockHash
+from kvbm_schemas.block import HASH_BYTES, BlockHash, Tier
 from kvbm_schemas.events import Loaded
 from kvbm_schemas.records import RankRecord
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.leader import Leader, Limits
 from kvbm_service.core.registry import Registry
+from kvbm_service.core.spills import SpillLimits
 from tests.simulation.directory import Directory
 from tests.simulation.engine import Request
 from tests.simulation.network import Network
-from tests.simulation.node import LOOKUP_SECONDS, Node
+from tests.simulation.node import LOOKUP_SECONDS, STAGING_SECONDS, Node
 from tests.simulation.oracles import Broken, History, Oracles, witnessed
 from tests.simulation.rank import Rank
 from tests.simulation.registry_host import RegistryHost
+from tests.simulation.slots import Slots
 from tests.simulation.timeline import Process, Timeline
-from tests.simulation.weather import Weather, any_weather
+from tests.simulation.weather import RATES, Weather, any_weather
 
 TROUBLE_SECONDS = 1.0
 """How long requests come in, and things go wrong."""
@@ -58,6 +61,11 @@ class World:
             lease_seconds=self.weather.lease_seconds,
             transfer_seconds=0.1,
             held_blocks=4,
+            staging_seconds=STAGING_SECONDS,
+            disk_only=self.weather.disk_only and self.weather.disk_slots > 0,
+            spill=SpillLimits(batch_blocks=3, batches=2),
+            min_frequency=2 if self.weather.filtered else 0,
+            prefetch_share=self.weather.prefetch_share,
         )
         self.timeline = Timeline()
         self.network = Network(self.timeline, self.chance, self.weather)
@@ -71,7 +79,13 @@ class World:
         self.expired_leases = 0
         self.restarts = 0
         self.blocks: Counter[str] = Counter()
-        """Blocks that were loaded, by how it went: own, remote, failed."""
+        """Blocks that were loaded, by how it went: own, disk, remote, failed."""
+        self.adopted: Counter[Tier] = Counter()
+        """Blocks of earlier lives that were found again."""
+        self.told: Counter[str] = Counter()
+        """What ranks were told to do."""
+        self.unheard = 0
+        self._memory: dict[tuple[str, int], dict[Tier, Slots]] = {}
         self.all_blocks: list[BlockHash] = []
         """Every block that any prompt had."""
         self._nature = Process()
@@ -102,9 +116,32 @@ class World:
 
     # -- what the inhabitants need -----------------------------------------------------------
 
-    def make_leader(self, ranks: tuple[RankRecord, ...]) -> Leader:
+    def make_leader(self, ranks: tuple[RankRecord, ...], instance: str) -> Leader:
         """A leader for a new life of a node."""
-        return Leader(ranks, self.limits)
+        return Leader(ranks, self.limits, instance)
+
+    def new_instance(self, node: str) -> str:
+        """A name for a life that no life ever had."""
+        return f"{node}/{self.restarts}"
+
+    def memory(self, node: str, rank: int) -> dict[Tier, Slots]:
+        """The tiers of a rank for a new life, with what an earlier one left in them."""
+        weather = self.weather
+        tiers = {Tier.HOST: Slots(weather.host_slots)}
+        if weather.disk_slots:
+            tiers[Tier.DISK] = Slots(weather.disk_slots)
+        for tier, slots in self._memory.get((node, rank), {}).items():
+            lasts = tier is Tier.DISK or weather.host_survives
+            if lasts and not slots.forgotten:
+                tiers[tier] = slots
+        self._memory[node, rank] = tiers
+        return tiers
+
+    @property
+    def longest_wait(self) -> float:
+        """How long an engine may be told to ask again."""
+        staging = self.limits.staging_seconds if self.weather.disk_slots else 0.0
+        return 2 * self.limits.lookup_seconds + staging
 
     def make_registry(self) -> Registry:
         """A registry for a new life of a registry service."""
@@ -128,7 +165,8 @@ class World:
         """A load has ended."""
         self.blocks["failed"] += loaded.failed
         for source in loaded.sources:
-            self.blocks["own" if source.node == node else "remote"] += source.blocks
+            own = "disk" if source.tier is Tier.DISK else "own"
+            self.blocks[own if source.node == node else "remote"] += source.blocks
 
     def stop(self, process: Process) -> None:
         """`process` stops for a while, perhaps for longer than its leases."""
@@ -146,7 +184,7 @@ class World:
         chain = [block_name(*path[: end + 1]) for end in range(len(path))]
         self.all_blocks += [block for block in chain if block not in self.all_blocks]
         node = self.nodes[chance.choice(self._names)]
-        if node.process.alive:
+        if node.process.alive and node.ready:
             node.engine.submit(Request(f"r{number}", chain))
 
     def _maybe_fault(self) -> None:
@@ -158,6 +196,7 @@ class World:
                 self._outage(self.nodes[name])
             if self._strikes(weather.crashes):
                 self._crash_node(name)
+            self._maybe_spoil_disk(self.nodes[name])
         if self._strikes(weather.partitions):
             self._partition()
         for name in self.registry_names:
@@ -173,6 +212,14 @@ class World:
         """One of a node's processes stops for a while."""
         self.stop(self.chance.choice([node.process, *(rank.process for rank in node.ranks)]))
 
+    def _maybe_spoil_disk(self, node: Node) -> None:
+        rank = self.chance.choice(node.ranks)
+        disk = rank.tiers.get(Tier.DISK)
+        if disk is not None and self._strikes(self.weather.decay):
+            disk.decay(self.chance.randrange(len(disk.contents)))
+        if disk is not None and self._strikes(self.weather.disk_losses):
+            rank.disk_lost = "I/O error"
+
     def _outage(self, node: Node) -> None:
         node.online = False
 
@@ -182,7 +229,7 @@ class World:
         self.timeline.after(self.chance.random(), self._nature, back)
 
     def _partition(self) -> None:
-        places = [*self._names, *self.registry_names, "directory"]
+        places = [*self.network.places, "directory"]
         pair = frozenset(self.chance.sample(places, 2))
         self.network.cut.add(pair)
         self.timeline.after(
@@ -206,7 +253,9 @@ class World:
 
     def _start_node(self, name: str) -> None:
         self.restarts += name in self.nodes
-        self.nodes[name] = self.network.places[name] = Node(self, name)
+        node = self.nodes[name] = self.network.places[name] = Node(self, name)
+        for rank in node.ranks:
+            self.network.places[rank.name] = rank
 
     def _start_registry(self, name: str) -> None:
         if name in self.registries and self.registries[name].process.alive:
@@ -215,7 +264,6 @@ class World:
 
     def _heal(self) -> None:
         """From here on nothing goes wrong any more; what began will end."""
-        sizes = ("nodes", "registries", "world_size", "host_slots", "device_blocks")
-        speeds = ("longest_delay", "copy_seconds")
-        kept = {name: getattr(self.trouble, name) for name in (*sizes, *speeds)}
-        self.weather = self.network.weather = Weather(**kept)
+        calm = Weather()
+        ended = {rate: getattr(calm, rate) for rate in RATES}
+        self.weather = self.network.weather = replace(self.trouble, **ended)
