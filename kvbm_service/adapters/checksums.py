@@ -28,7 +28,9 @@ def seeds(hashes: npt.NDArray[np.uint64]) -> Column:
 
 def compile_loops() -> None:
     """Compile what the functions below need: takes a moment, which no first request should."""
-    _sum_loop(), _copy_sum_loop(), _copy_proven_loop()
+    _sum_loop()
+    _copy_sum_loop()
+    _copy_proven_loop()
 
 
 def checksums(addresses: Column, nbytes: int, seeds: Column) -> Column:

@@ -78,7 +78,7 @@ class DiskIndex:
         header = _HEADER.pack(_MAGIC, VERSION, ENTRY.itemsize, slots, slot_bytes, digest)
         self._salt = np.frombuffer(hashlib.sha256(header).digest(), np.uint64)[0]
         self._entries: Entries = np.zeros(slots, ENTRY)
-        _write_loop()  # compiled now: the first block should not wait for it
+        compile_write_loop()
         self._all = np.arange(slots, dtype=np.uint32)
         try:
             self._fd = self._open(path, header.ljust(HEADER_BYTES, b"\0"))
@@ -210,6 +210,11 @@ class DiskIndex:
             found *= _MIX
             found ^= found >> np.uint64(32)
         return found
+
+
+def compile_write_loop() -> None:
+    """Compile what writing needs: takes a moment, which no first request should."""
+    _write_loop()
 
 
 def names(entries: Entries, hashes: Column, fills: Stamps) -> Mask:

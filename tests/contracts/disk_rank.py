@@ -50,7 +50,7 @@ class DiskRank:
         ]
         self._open = True
         self.slab = Slab(POOL, parts)
-        self.host = HostTier(self.slab, regions, copies or _cpu_copies(), verify=verify)
+        self.host = HostTier(self.slab, regions, copies or cpu_copies(), verify=verify)
         self.disk = DiskTier.open(home, 0, slots, self.host, identity, **options)
 
     @property
@@ -86,6 +86,14 @@ class DiskRank:
         """The bytes of one device block."""
         return b"".join(piece[number].tobytes() for piece in self._pool)
 
+    def write_block(self, number: int, octets: bytes) -> None:
+        """Let one device block hold `octets`."""
+        at = 0
+        for piece in self._pool:
+            length = piece.shape[1]
+            piece[number] = np.frombuffer(octets, np.uint8)[at : at + length]
+            at += length
+
     def pool(self) -> list[bytes]:
         return [self.block(number) for number in range(POOL)]
 
@@ -120,7 +128,7 @@ class DiskRank:
 
 
 @functools.cache
-def _cpu_copies() -> CpuCopies:
+def cpu_copies() -> CpuCopies:
     """One for all: each compiles its loop."""
     return CpuCopies()
 
