@@ -1,4 +1,4 @@
-"""How fast bytes move: device ↔ host tier, and another process's host tier → device.
+"""How fast bytes move: device ↔ host tier, and another process's host tier → device or own host.
 
 The device pool is ordinary memory here, laid out as an engine's: one region per layer.
 """
@@ -8,17 +8,21 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters.copies import CpuCopies
+from kvbm_service.adapters.homes import Home
 from kvbm_service.adapters.host_tier import HostTier, parts
-from kvbm_service.adapters.mover import Blocks, Region, RemoteSlab
+from kvbm_service.adapters.mover import Blocks, Hop, Region, RemoteSlab
 from kvbm_service.adapters.nixl_mover import NixlMover
 from kvbm_service.adapters.nixl_reader import new_agent
 from kvbm_service.adapters.slab import Slab
@@ -32,6 +36,7 @@ TENSOR_ALIGNMENT = 64
 """Bytes, as torch does it. A copy to a less aligned place takes twice as long."""
 SECONDS = 10.0
 """A timeout that no pull here needs."""
+MEMORY = Path("/dev/shm")
 
 
 class Shape(NamedTuple):
@@ -56,6 +61,8 @@ def rows() -> list[Row]:
         remote_pull("remote_pull", MODEL),
         remote_pull("remote_pull_64k", Shape(1, 64 << 10)),
         remote_pull("remote_pull_1m", Shape(1, 1 << 20)),
+        *surviving(MODEL),
+        fetch(MODEL),
     ]
 
 
@@ -78,8 +85,8 @@ def copies(shape: Shape) -> list[Row]:
 
 def remote_pull(name: str, shape: Shape) -> Row:
     """Pulling a batch from another process, against NIXL alone with the same descriptors."""
-    with rank(shape) as tier, _owner(shape) as peer:
-        mover = NixlMover(tier)
+    with rank(shape) as tier, _owner(shape) as owner:
+        mover, peer = NixlMover(tier), owner.peer
         mover.connect(peer)
         bare = BareNixl(tier.regions, peer)
         pulls, transfers = [], []
@@ -95,8 +102,47 @@ def remote_pull(name: str, shape: Shape) -> Row:
     return _row(name, shape, pulls, "NIXL alone, same descriptors", transfers)
 
 
+def surviving(shape: Shape) -> list[Row]:
+    """Pulling a batch from a slab that outlives its process, against one that does not.
+
+    Nothing where the machine has no room for the former.
+    """
+    with rank(shape) as tier, _owner(shape) as private, _owner(shape, MEMORY) as lasting:
+        if not lasting.survives:
+            return []
+        mover = NixlMover(tier)
+        samples: dict[str, list[float]] = {}
+        for number in range(-2, ROUNDS):
+            blocks = _blocks(seed=abs(number))
+            for owner in (private, lasting):
+                mover.connect(owner.peer)
+                seconds = _seconds(lambda: _pull(mover, owner.peer, blocks))  # noqa: B023
+                samples.setdefault(owner.peer.agent, []).append(seconds)
+        mover.close()
+    ours, least = samples[lasting.peer.agent][2:], samples[private.peer.agent][2:]
+    return [_row("remote_pull_surviving", shape, ours, "the same from private memory", least)]
+
+
+def fetch(shape: Shape) -> Row:
+    """Bringing a batch from another process into our slab, against pulling it to the device."""
+    with rank(shape) as tier, _owner(shape) as owner:
+        mover = NixlMover(tier)
+        mover.connect(owner.peer)
+        fetches, pulls = [], []
+        for number in range(-2, ROUNDS):
+            blocks = _blocks(seed=abs(number))
+            hop = Hop(blocks.hashes, blocks.fills, blocks.slots, blocks.device, fill=2)
+            fetched = _seconds(lambda: mover.fetch(owner.peer.agent, hop, SECONDS))  # noqa: B023
+            pulled = _seconds(lambda: _pull(mover, owner.peer, blocks))  # noqa: B023
+            if number >= 0:
+                fetches.append(fetched)
+                pulls.append(pulled)
+        mover.close()
+    return _row("remote_fetch", shape, fetches, "the same to the device", pulls)
+
+
 @contextmanager
-def rank(shape: Shape) -> Iterator[HostTier]:
+def rank(shape: Shape, file: Path | None = None) -> Iterator[HostTier]:
     """One rank's memory: a device pool and a slab, each of two batches of blocks."""
     count = 2 * BATCH
     region_bytes = count * shape.piece_bytes
@@ -107,42 +153,58 @@ def rank(shape: Shape) -> Iterator[HostTier]:
         Region(start + at * region_bytes, shape.piece_bytes, shape.piece_bytes, count)
         for at in range(shape.layers)
     ]
-    slab = Slab(count, parts(regions))
+    slab = Slab(count, parts(regions), file)
     yield HostTier(slab, regions, CpuCopies())
     slab.close()
 
 
+class _Owner(NamedTuple):
+    """What another process's rank says of itself."""
+
+    peer: RemoteSlab
+    survives: bool
+
+
 @contextmanager
-def _owner(shape: Shape) -> Iterator[RemoteSlab]:
+def _owner(shape: Shape, memory: Path | None = None) -> Iterator[_Owner]:
     """A process that owns a slab in which every slot holds the block that we will ask for."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_own, args=(shape, theirs), daemon=True)
+    process = context.Process(target=_own, args=(shape, memory, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
-        yield ours.recv()
+        yield _Owner(*ours.recv())
     finally:
         ours.close()
         process.join()
 
 
-def _own(shape: Shape, parent: Connection) -> None:
-    with rank(shape) as tier:
+def _own(shape: Shape, memory: Path | None, parent: Connection) -> None:
+    if memory is None:
+        _serve(shape, None, parent)
+        return
+    with tempfile.TemporaryDirectory(prefix="kvbm-bench-", dir=memory) as root:
+        home = Home.claim(Path(root), Scope("bench", "bench"), "owner", "KVBM_HOST_CACHE_DIR")
+        _serve(shape, home.path / "slab", parent)
+        home.close()
+
+
+def _serve(shape: Shape, file: Path | None, parent: Connection) -> None:
+    with rank(shape, file) as tier:
         tier.save(_all_blocks())
         mover = NixlMover(tier)
         where = tier.slab.record()
-        parent.send(
-            RemoteSlab(
-                mover.agent,
-                mover.agent_metadata,
-                where.base,
-                where.headers,
-                where.slots,
-                where.slot_bytes,
-                where.parts,
-            )
+        peer = RemoteSlab(
+            mover.agent,
+            mover.agent_metadata,
+            where.base,
+            where.headers,
+            where.slots,
+            where.slot_bytes,
+            where.parts,
         )
+        parent.send((peer, tier.slab.survives))
         while not parent.poll(PROGRESS_SECONDS):  # readable when the parent closes its end
             mover.progress()
         mover.close()
