@@ -588,7 +588,7 @@ class Leader:
         if move.grant is not None:
             self._effects.append(GiveBack(move.grant.node, move.grant.lease))
         stored = self.tiers.settle(move.tier, move.slots, settled.failed)
-        self._blame_move(move, settled.failed)
+        self._blame_move(move, settled.failed, now)
         self._transferred(
             move.path, len(move.blocks) - len(settled.failed), len(settled.failed),
             settled.reason, settled.seconds,
@@ -598,10 +598,12 @@ class Leader:
         elif move.tier is Tier.HOST:
             self._accounts.extend(self.spills.offer(stored, now))
 
-    def _blame_move(self, move: Move, failed: set[int]) -> None:
-        """Blocks that could not be read from the disk are not there."""
+    def _blame_move(self, move: Move, failed: set[int], now: float) -> None:
+        """Blocks that could not be read from the disk are not there; nor is a node that failed."""
         if move.path is Path.DISK_TO_HOST:
             self.tiers.drop(Tier.DISK, [move.blocks[position] for position in failed])
+        elif move.grant is not None and failed:
+            self.peers.shun(move.grant.node, now)
 
     def _load_reported(self, result: step.LoadResult, rank: int, now: float) -> None:
         load = self._loads.get(result.op)

@@ -68,7 +68,9 @@ class Prefetch:
         for request, reader in islice(waiting, MAX_LOOKED_AT):
             if self._brought >= self._budget:
                 return
-            if reader.brought is None and reader.stage in (Stage.IDLE, Stage.LOCATED):
+            asking = reader.patience is not None and now < reader.patience
+            idle = reader.stage in (Stage.IDLE, Stage.LOCATED) and not asking
+            if reader.brought is None and idle:
                 reader.brought = 0
                 self._from_disk(reader)
                 self._from_others(request, reader, effects, now)
@@ -152,6 +154,6 @@ class Prefetch:
             effects.append(GiveBack(asked.node, answer.lease))
             return True
         blocks = [leased[index] for index in taken.indices]
-        seconds = min(self._transfer_seconds, grant.deadline - now)
+        seconds = max(0.0, min(self._transfer_seconds, grant.deadline - now))
         self._orders.fetch_remote(op, blocks, grant, taken.indices, taken.slots, seconds)
         return True
