@@ -2,6 +2,7 @@
 
     <root>/kvbm-<namespace>-<fingerprint>/claims      locked while someone looks for a home
                                          /0/owner     locked by everyone who lives there
+                                         /0/turn      locked by whoever allocates something
                                          /0/…         what they keep
                                          /1/…
 
@@ -17,6 +18,7 @@ after its parent's death. So children close these files right after the fork.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -36,12 +38,16 @@ MAX_HOMES = 64
 CLAIM_SECONDS = 30.0
 """How long to wait while other processes look for homes. One of them takes milliseconds."""
 
+TURN_SECONDS = 600.0
+"""How long to wait while the other ranks allocate: tens of gigabytes each take a while."""
+
 POLL_SECONDS = 0.005
 
 MAX_INSTANCE_BYTES = 4096
 
 _OWNER = "owner"
 _CLAIMS = "claims"
+_TURN = "turn"
 _PREFIX = "kvbm-"
 
 log = logging.getLogger(__name__)
@@ -109,6 +115,24 @@ def make_room(root: Path, enough: Callable[[], bool]) -> bool:
     return True
 
 
+@contextmanager
+def turn(home: Path) -> Iterator[None]:
+    """Be the only rank in `home` that allocates: room that two have seen is enough for one.
+
+    Raises:
+        OSError: it does not come to that.
+    """
+    lock = _Lock(home / _TURN)
+    try:
+        if not lock.wait(fcntl.LOCK_EX, TURN_SECONDS):
+            raise OSError(errno.ETIMEDOUT, f"another rank allocates for {TURN_SECONDS:g} s")
+        yield
+    except _NoLocks as error:
+        raise OSError(errno.ENOLCK, str(error)) from error
+    finally:
+        lock.close()
+
+
 def root_of(home: Path) -> Path:
     """The root under which a home was claimed."""
     return home.parent.parent
@@ -137,6 +161,15 @@ class _Lock:
             return False
         except OSError as error:
             raise _NoLocks(error.strerror) from error
+        return True
+
+    def wait(self, how: int, seconds: float) -> bool:
+        """As `take`, but try for a while."""
+        deadline = time.monotonic() + seconds
+        while not self.take(how):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
         return True
 
     @property
@@ -178,13 +211,8 @@ def _claims(street: Path) -> Iterator[None]:
     """Be the only one who looks for homes here."""
     lock, second = _Lock(street / _CLAIMS), None
     try:
-        deadline = time.monotonic() + CLAIM_SECONDS
-        while not lock.take(fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                raise _Refused(
-                    f"another process has held {street / _CLAIMS} for {CLAIM_SECONDS:g} s"
-                )
-            time.sleep(POLL_SECONDS)
+        if not lock.wait(fcntl.LOCK_EX, CLAIM_SECONDS):
+            raise _Refused(f"another process has held {street / _CLAIMS} for {CLAIM_SECONDS:g} s")
         second = _Lock(street / _CLAIMS)
         if second.take(fcntl.LOCK_EX):
             raise _NoLocks("they exclude nobody")

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kvbm_service.adapters.homes import make_room, root_of
+from kvbm_service.adapters.homes import make_room, root_of, turn
 from kvbm_service.errors import LayoutError
 
 TMPFS_MAGIC = 0x01021994
@@ -150,7 +150,8 @@ def _lasting(file: Path, nbytes: int, layout: bytes) -> Memory:
     fd = _left(file, nbytes, layout)
     found = fd is not None
     if fd is None:
-        fd = _new(file, nbytes)
+        with turn(file.parent):
+            fd = _new(file, nbytes)
     try:
         mapping, octets = _map(fd, _FRONT + nbytes)
     finally:

@@ -53,9 +53,7 @@ else:
 class Claimant:
     """A process that claims a home when told to, and lives in it until it is killed."""
 
-    def __init__(
-        self, root: Path, instance: str, repeats: int = 1, and_then: str = WAIT
-    ) -> None:
+    def __init__(self, root: Path, instance: str, repeats: int = 1, and_then: str = WAIT) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", CLAIM + and_then, str(root), instance, str(repeats)],
             stdin=subprocess.PIPE,

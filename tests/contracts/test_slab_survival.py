@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,8 @@ import numpy as np
 import pytest
 
 from kvbm_schemas.subjects import Scope
-from kvbm_service.adapters import slab_memory
-from kvbm_service.adapters.homes import Home
+from kvbm_service.adapters import homes, slab_memory
+from kvbm_service.adapters.homes import Home, turn
 from kvbm_service.adapters.mover import Blocks
 from kvbm_service.adapters.slab import Slab
 from kvbm_service.errors import LayoutError
@@ -245,6 +246,28 @@ def test_a_new_slab_takes_the_room_of_homes_where_nobody_lives(
     assert not old.path.exists()
     (line,) = warnings(caplog)
     assert str(old.path) in line
+    slab.close()
+
+
+def test_ranks_that_start_together_take_their_room_one_after_the_other(file: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        with turn(file.parent):
+            starting = pool.submit(Slab, SLOTS, PARTS, file)
+            with pytest.raises(TimeoutError):
+                starting.result(timeout=0.2)
+        slab = starting.result()
+    assert slab.survives
+    slab.close()
+
+
+def test_a_rank_that_never_gets_its_turn_goes_on_with_private_memory(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(homes, "TURN_SECONDS", 0.05)
+    with turn(file.parent):
+        slab = Slab(SLOTS, PARTS, file)
+    assert not slab.survives
+    assert len(warnings(caplog)) == 1
     slab.close()
 
 
