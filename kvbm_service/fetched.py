@@ -23,29 +23,32 @@ class Fetched:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._outcomes: OrderedDict[int, Moved | None] = OrderedDict()
         self._waiting: dict[int, list[Tell]] = {}
+        """Whom to tell of those that are under way."""
+        self._outcomes: OrderedDict[int, Moved] = OrderedDict()
         self._forgotten = 0
         """Ops up to this one may have been carried out and forgotten."""
 
     def begin(self, op: int, tell: Tell) -> bool:
         """Whether `op` is to be carried out now. Whenever its outcome is known, `tell` hears it."""
         with self._lock:
-            known = op in self._outcomes
+            if op in self._waiting:
+                self._waiting[op].append(tell)
+                return False
             outcome = self._outcomes.get(op)
-            if outcome is None and (known or op > self._forgotten):
-                self._waiting.setdefault(op, []).append(tell)
-                self._outcomes[op] = None
+            if outcome is None and op > self._forgotten:
+                self._waiting[op] = [tell]
+                return True
         if outcome is not None:
             tell(outcome)
-        return not known and op > self._forgotten
+        return False
 
     def end(self, outcome: Moved) -> None:
         """It has been carried out."""
         with self._lock:
+            waiting = self._waiting.pop(outcome.op)
             self._outcomes[outcome.op] = outcome
-            waiting = self._waiting.pop(outcome.op, [])
-            while len(self._outcomes) > MAX_REMEMBERED:
+            if len(self._outcomes) > MAX_REMEMBERED:
                 op, _ = self._outcomes.popitem(last=False)
                 self._forgotten = max(self._forgotten, op)
         for tell in waiting:
