@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,20 +22,7 @@ with warnings.catch_warnings():
     from kvbm_service.adapters.nats_server import EmbeddedNats
     from tests.connectors.cluster import LiveRegistry
     from tests.connectors.engine import Engine, Shape
-    from tests.connectors.stand_in import ARCHITECTURE, register
-
-MODEL = {
-    "architectures": [ARCHITECTURE],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 1024,
-    "torch_dtype": "float32",
-}
+    from tests.connectors.stand_in import make_model
 
 PATIENT = {"KVBM_LOOKUP_DEADLINE_MS": 5_000}
 """Slow machines may take their time; an answer ends the waiting."""
@@ -44,12 +31,7 @@ PATIENT = {"KVBM_LOOKUP_DEADLINE_MS": 5_000}
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     """A model of which only the configuration exists."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(MODEL))
-    register()
-    return ModelConfig(
-        model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=1024, seed=0
-    )
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -91,6 +73,14 @@ def make_node(
         return make_engine(node=name, nats=nats.url, extra=extra, **shape)
 
     return make
+
+
+@pytest.fixture
+def hear_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `caplog` have our log, which otherwise goes where vLLM's goes."""
+    theirs = logging.getLogger("vllm")
+    monkeypatch.setattr(theirs, "handlers", [])
+    monkeypatch.setattr(theirs, "propagate", True)
 
 
 def pytest_report_header() -> str:

@@ -308,7 +308,9 @@ class Engine:
     def settle(self, seconds: float = PATIENCE_SECONDS) -> None:
         """Without a step, wait until the ranks have ended every save that they were given."""
         self.wait(
-            lambda: all(len(self.core.orders.moves) <= rank.unreported_moves for rank in self.ranks),
+            lambda: all(
+                len(self.core.orders.moves) <= rank.unreported_moves for rank in self.ranks
+            ),
             seconds,
         )
 

@@ -1,4 +1,4 @@
-"""A gate in front of a rank's real mover: lets a test hold back transfers, or lose them."""
+"""Gates before a rank's real mover and disk: let a test hold back transfers, or lose them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kvbm_service.adapters.disk import Contents, Disk
 from kvbm_service.adapters.mover import Blocks, Fence, Hop, Indices, Mask, Mover, RemoteSlab
 from kvbm_service.errors import TransferError
 
@@ -113,3 +114,44 @@ class Gate:
             arrived = arrived & ~lost
         valve.blocks += int(arrived.sum())
         return arrived
+
+
+class DiskGate:
+    """`Disk`: the real one behind three valves. Rubbish is where a load is to go, as above."""
+
+    def __init__(self, disk: Disk, scribble: Callable[[Indices], None]) -> None:
+        self.writes, self.loads, self.fetches = Valve(), Valve(), Valve()
+        self.disk = disk
+        self._scribble = scribble
+
+    @property
+    def slots(self) -> int:
+        return self.disk.slots
+
+    def contents(self) -> Contents:
+        return self.disk.contents()
+
+    def forget(self) -> None:
+        self.disk.forget()
+
+    def save(self, blocks: Blocks) -> Mask:
+        return self._through(self.writes, lambda: self.disk.save(blocks))
+
+    def spill(self, hop: Hop) -> Mask:
+        return self._through(self.writes, lambda: self.disk.spill(hop))
+
+    def load(self, blocks: Blocks) -> Mask:
+        self._scribble(blocks.device)
+        return self._through(self.loads, lambda: self.disk.load(blocks))
+
+    def fetch(self, hop: Hop) -> Mask:
+        return self._through(self.fetches, lambda: self.disk.fetch(hop))
+
+    def close(self) -> None:
+        self.disk.close()
+
+    def _through(self, valve: Valve, move: Callable[[], Mask]) -> Mask:
+        valve.enter()
+        in_place = move()
+        valve.blocks += int(in_place.sum())
+        return in_place

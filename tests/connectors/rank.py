@@ -20,9 +20,12 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin as _Runner
 
+from kvbm_schemas.block import BlockHash, Tier
+from kvbm_service.adapters.disk_tier import DiskTier
+from kvbm_service.adapters.mover import Blocks
 from kvbm_service.adapters.slab import Slab
 from tests.connectors.computation import Digests
-from tests.connectors.gate import Gate
+from tests.connectors.gate import DiskGate, Gate
 
 RUBBISH = 0xEE
 
@@ -48,20 +51,46 @@ class Rank:
             config=self._config, role=KVConnectorRole.WORKER, kv_cache_config=kv_cache_config
         )
         self.connector.register_kv_caches(tensors)
-        self.gate = self._put_gate()
+        worker = self._worker
+        worker._mover = self.gate = Gate(worker._mover, self.scribble)
+        self._disk_gate: DiskGate | None = None
+        if worker._disk is not None:
+            worker._disk = self._disk_gate = DiskGate(worker._disk, self.scribble)
 
-    def _put_gate(self) -> Gate:
-        """Stand in front of the worker's mover. The one place that reaches into it."""
-        worker = self.connector._worker_side._worker
-        worker._mover = gate = Gate(worker._mover, self.scribble)
-        return gate
+    @property
+    def _worker(self) -> Any:
+        """The connector's worker. Nothing else here reaches into it."""
+        return self.connector._worker_side._worker
+
+    @property
+    def disk_gate(self) -> DiskGate:
+        """In front of the disk tier that this rank was given."""
+        assert self._disk_gate is not None, "this rank has no disk tier"
+        return self._disk_gate
+
+    @property
+    def disk(self) -> DiskTier:
+        """The rank's disk tier."""
+        assert isinstance(self.disk_gate.disk, DiskTier)
+        return self.disk_gate.disk
 
     @property
     def slab(self) -> Slab:
         """The rank's host memory."""
-        slab = self.connector._worker_side._worker._mover._mover._tier.slab
+        slab = self.gate._mover._tier.slab  # type: ignore[attr-defined]
         assert isinstance(slab, Slab)
         return slab
+
+    def read(self, tier: Tier, name: BlockHash, slot: int, fill: int, to: int) -> bool:
+        """Read a block that `tier` holds into a device block, without leader and engine."""
+        blocks = Blocks(
+            hashes=np.frombuffer(name, np.uint64).reshape(1, 2),
+            fills=np.array([fill], np.uint64),
+            slots=np.array([slot], np.uint32),
+            device=np.array([to], np.uint32),
+        )
+        source = self.disk_gate if tier is Tier.DISK else self.gate
+        return bool(source.load(blocks).all())
 
     def flip_a_bit(self, slot: int) -> None:
         """As memory sometimes does by itself."""
@@ -71,7 +100,19 @@ class Rank:
     @property
     def unreported_moves(self) -> int:
         """Saves and the like that are done, and that the scheduler has not been told of."""
-        return len(self.connector._worker_side._worker._moved)
+        return len(self._worker._moved)
+
+    def lose_fetches(self) -> None:
+        """What comes over the bus from now on gets lost on its way to this rank."""
+        self._bus_side._fetch_now = lambda fetch, tell: None
+
+    def lose_answers(self) -> None:
+        """Fetches that come over the bus are carried out, and the answers get lost."""
+        self._bus_side._put = lambda reply, moved: None
+
+    @property
+    def _bus_side(self) -> Any:
+        return self._worker._presence._main.__self__
 
     # -- what the model runner does ----------------------------------------------------------
 
