@@ -175,6 +175,7 @@ class Leader:
         found = self._advance(request, reader, computed, now)
         if found is not None:
             reader.patience = None
+            reader.answered = True
         return found
 
     def load(
@@ -565,7 +566,7 @@ class Leader:
     def _count(self, reader: Reader, hits: Hits) -> None:
         """The lookup has ended: tell how, once, and stop bringing blocks up."""
         self.prefetch.let_go(reader)
-        if not reader.counted:
+        if reader.answered and not reader.counted:
             reader.counted = True
             self._tell(Looked(len(reader.chain) - reader.computed, *hits))
 

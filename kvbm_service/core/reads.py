@@ -177,6 +177,8 @@ class Reader:
     """The registry's answer; its numbers are positions in `asked`."""
     plan: Plan | None = None
     hits: Hits = NO_HITS
+    answered: bool = False
+    """Whether the engine has been told how much can be loaded."""
     counted: bool = False
     """Whether the outcome of the lookup has been told."""
     computed: int = 0
