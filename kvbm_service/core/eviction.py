@@ -7,7 +7,7 @@ shown, and may then be a victim, or hidden:
              add                show
     unknown ────► hidden ◄────────────► shown ◄──── adopt
        ▲             │      hide          │
-       └────drop─────┴───drop, victim─────┘
+       └────drop─────┴───drop, victims────┘
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ from kvbm_schemas.block import BlockHash
 class Eviction(Protocol):
     """What is to go next, of the slots it was shown."""
 
-    def use(self, chain: Sequence[BlockHash], slots: Sequence[int | None], now: float) -> None:
-        """A request with this whole chain has come; None: that block cannot be read.
+    def use(self, chain: Sequence[BlockHash], now: float) -> None:
+        """A request with this whole chain has come, be its blocks here or not.
 
         `now` is in seconds and never goes back.
         """
 
-    def add(self, blocks: Sequence[BlockHash], slots: Sequence[int], depth: int) -> None:
+    def add(
+        self, blocks: Sequence[BlockHash], slots: Sequence[int], depth: int, after: int | None
+    ) -> None:
         """These blocks, in chain order, are about to fill these slots; hidden until shown.
 
-        The first is at least the block at place `depth` of its request.
+        `depth`: the place of the first of them in its request; `after`: the slot of the block
+        before it, if that is known.
         """
 
-    def adopt(self, slots: Sequence[int]) -> None:
-        """Blocks of which nothing is known were found in these slots, oldest first."""
+    def adopt(self, blocks: Sequence[BlockHash], slots: Sequence[int]) -> None:
+        """These blocks were found in these slots, oldest first; nothing else is known of them."""
 
     def show(self, slots: Sequence[int]) -> None:
         """Nobody touches these slots, in chain order, any more."""
@@ -43,11 +46,14 @@ class Eviction(Protocol):
     def hide(self, slots: Sequence[int]) -> None:
         """Somebody touches these slots."""
 
-    def drop(self, slot: int) -> None:
-        """This slot's block is forgotten, be it shown or hidden."""
+    def drop(self, block: BlockHash, slot: int) -> None:
+        """This block, which is in this slot, is forgotten, be it shown or hidden."""
 
-    def victim(self, spared: AbstractSet[int]) -> int | None:
-        """Forget the shown slot that is to go next, but none of `spared`, and return it."""
+    def victims(self, wanted: int, spared: AbstractSet[int]) -> list[int]:
+        """Forget the shown slots that are to go next, but none of `spared`, and return them.
+
+        Fewer than `wanted` only if there are not more.
+        """
 
     def check_integrity(self, shown: AbstractSet[int], hidden: AbstractSet[int]) -> None:
         """All tables agree, and the slots in them are these."""

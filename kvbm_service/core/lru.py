@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from itertools import islice
 
 from kvbm_schemas.block import BlockHash
 
@@ -13,20 +14,28 @@ class Lru:
     """Eviction by last use. A chain is put back tail first, so that its head outlives its tail."""
 
     def __init__(self) -> None:
+        self._slots: dict[BlockHash, int] = {}
+        self._blocks: dict[int, BlockHash] = {}
         self._shown: OrderedDict[int, None] = OrderedDict()
         """The next to go first."""
 
-    def use(self, chain: Sequence[BlockHash], slots: Sequence[int | None], now: float) -> None:
+    def use(self, chain: Sequence[BlockHash], now: float) -> None:
         """Those that are shown go last."""
-        for slot in reversed(slots):
+        for block in reversed(chain):
+            slot = self._slots.get(block)
             if slot is not None and slot in self._shown:
                 self._shown.move_to_end(slot)
 
-    def add(self, blocks: Sequence[BlockHash], slots: Sequence[int], depth: int) -> None:
-        """Nothing: a hidden slot has no place in the queue."""
+    def add(
+        self, blocks: Sequence[BlockHash], slots: Sequence[int], depth: int, after: int | None
+    ) -> None:
+        """A hidden slot has no place in the queue."""
+        self._slots.update(zip(blocks, slots, strict=True))
+        self._blocks.update(zip(slots, blocks, strict=True))
 
-    def adopt(self, slots: Sequence[int]) -> None:
+    def adopt(self, blocks: Sequence[BlockHash], slots: Sequence[int]) -> None:
         """The oldest is the first to go."""
+        self.add(blocks, slots, 0, None)
         self._shown.update(dict.fromkeys(slots))
 
     def show(self, slots: Sequence[int]) -> None:
@@ -38,17 +47,20 @@ class Lru:
         for slot in slots:
             del self._shown[slot]
 
-    def drop(self, slot: int) -> None:
+    def drop(self, block: BlockHash, slot: int) -> None:
         """It leaves the queue, if it is in it."""
         self._shown.pop(slot, None)
+        del self._slots[block], self._blocks[slot]
 
-    def victim(self, spared: AbstractSet[int]) -> int | None:
-        """The one that was used longest ago."""
-        slot = next((slot for slot in self._shown if slot not in spared), None)
-        if slot is not None:
-            del self._shown[slot]
-        return slot
+    def victims(self, wanted: int, spared: AbstractSet[int]) -> list[int]:
+        """Those that were used longest ago."""
+        victims = list(islice((slot for slot in self._shown if slot not in spared), wanted))
+        for slot in victims:
+            self.drop(self._blocks[slot], slot)
+        return victims
 
     def check_integrity(self, shown: AbstractSet[int], hidden: AbstractSet[int]) -> None:
         """Only what is shown is in the queue."""
         assert set(self._shown) == shown, "other slots are in the queue than may go"
+        assert set(self._blocks) == shown | hidden, "other slots are known than are in use"
+        assert self._slots == {block: slot for slot, block in self._blocks.items()}

@@ -16,12 +16,12 @@ Which of the ready blocks that nobody pins is evicted, its `Eviction` decides.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import compress, islice
 from typing import NamedTuple
 
 from kvbm_schemas.block import BlockHash
 from kvbm_service.core.eviction import Eviction
-from kvbm_service.core.lru import Lru
+from kvbm_service.core.hit_density import HitDensity
 
 
 class Reservation(NamedTuple):
@@ -38,7 +38,7 @@ class Pool:
     def __init__(self, capacity: int, eviction: Eviction | None = None) -> None:
         assert capacity > 0
         self.capacity = capacity
-        self._eviction = eviction or Lru()
+        self._eviction = eviction or HitDensity()
         self._free = list(range(capacity - 1, -1, -1))
         self._ready: dict[BlockHash, int] = {}
         self._filling: dict[BlockHash, int] = {}
@@ -116,31 +116,43 @@ class Pool:
         This is what makes a block worth keeping. Those that are not here matter, too: when
         they are stored, it is known what request they are of.
         """
-        self._eviction.use(chain, [self._ready.get(block) for block in chain], now)
-
-    def touch(self, chain: Sequence[BlockHash]) -> None:
-        """As `use`, by someone who has no clock."""
-        self.use(chain, 0.0)
+        self._eviction.use(chain, now)
 
     # -- filling -------------------------------------------------------------------
 
-    def reserve(self, chain: Sequence[BlockHash], fill: int, depth: int = 0) -> Reservation:
+    def reserve(
+        self,
+        chain: Sequence[BlockHash],
+        fill: int,
+        depth: int = 0,
+        after: BlockHash | None = None,
+    ) -> Reservation:
         """Take slots for the blocks of `chain` that are not here, in order, evicting as needed.
 
         Takes as many as there is room for; blocks of the chain that are here already are not
-        evicted for its others. `depth` is the place of `chain[0]` in its request.
+        evicted for its others. `depth` is the place of `chain[0]` in its request, and `after`
+        the block before it: to be given for blocks that were in no `use`, so that they are
+        evicted before it.
         """
-        indices = [index for index, block in enumerate(chain) if block not in self]
-        if not indices:
+        ready, filling = self._ready, self._filling
+        absent: dict[BlockHash, int] = {}
+        for index, block in enumerate(chain):
+            if block not in ready and block not in filling:
+                absent.setdefault(block, index)
+        if not absent:
             return Reservation([], [], [])
+        indices = list(absent.values())
         slots, evicted = self._take(len(indices), chain)
         del indices[len(slots) :]
-        for index, slot in zip(indices, slots, strict=True):
-            block = chain[index]
-            self._filling[block] = slot
+        blocks = [chain[index] for index in indices]
+        filling.update(zip(blocks, slots, strict=True))
+        for block, slot in zip(blocks, slots, strict=True):
             self._names[slot] = block
             self._fills[slot] = fill
-        self._eviction.add([chain[index] for index in indices], slots, depth)
+        if indices:
+            before = chain[indices[0] - 1] if indices[0] else after
+            place = None if before is None else ready.get(before, filling.get(before))
+            self._eviction.add(blocks, slots, depth + indices[0], place)
         return Reservation(indices, slots, evicted)
 
     def _take(self, wanted: int, chain: Sequence[BlockHash]) -> tuple[list[int], list[BlockHash]]:
@@ -148,15 +160,15 @@ class Pool:
         slots = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
         if len(slots) == wanted:
             return slots, []
-        evicted: list[BlockHash] = []
         spared = {self._ready[block] for block in chain if block in self._ready}
-        while len(slots) < wanted and (slot := self._eviction.victim(spared)) is not None:
+        victims = self._eviction.victims(wanted - len(slots), spared)
+        evicted: list[BlockHash] = []
+        for slot in victims:
             block = self._names[slot]
             assert block is not None, "a slot without a block was to go"
             del self._ready[block]
             evicted.append(block)
-            slots.append(slot)
-        return slots, evicted
+        return slots + victims, evicted
 
     def commit(self, slots: Sequence[int]) -> list[BlockHash]:
         """The bytes of these slots are in place: their blocks can be read now.
@@ -185,7 +197,7 @@ class Pool:
             if block is not None:
                 del self._filling[block]
                 self._names[slot] = None
-                self._eviction.drop(slot)
+                self._eviction.drop(block, slot)
             self._free.append(slot)
 
     def adopt(
@@ -211,7 +223,7 @@ class Pool:
                 stamps[slot] = fill
             taken.append(good)
         self._free = [slot for slot in self._free if free[slot]]
-        self._eviction.adopt([slot for slot, good in zip(slots, taken, strict=True) if good])
+        self._eviction.adopt(list(compress(blocks, taken)), list(compress(slots, taken)))
         return taken
 
     # -- keeping -------------------------------------------------------------------
@@ -253,7 +265,7 @@ class Pool:
         if slot is None:
             return False
         self._names[slot] = None
-        self._eviction.drop(slot)
+        self._eviction.drop(block, slot)
         if self._pins[slot] == 0:
             self._free.append(slot)
         else:
@@ -264,9 +276,9 @@ class Pool:
         """Forget every block, those being filled included."""
         for block in self.blocks():
             self.drop(block)
-        for slot in self._filling.values():
+        for block, slot in self._filling.items():
             self._names[slot] = None
-            self._eviction.drop(slot)
+            self._eviction.drop(block, slot)
         self._filling.clear()
 
     def check_integrity(self) -> None:

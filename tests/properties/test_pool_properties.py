@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvbm_schemas.block import BlockHash
 from kvbm_service.core.lru import Lru
 from kvbm_service.core.pool import Pool
-from tests.core.builders import chain
+from tests.core.builders import block
 
 CAPACITY = 6
-chains = st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=5, unique=True).map(
-    lambda names: chain("".join(names))
+letters = st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=5, unique=True)
+paths = st.text("xy", min_size=1, max_size=4)
+"""Of a tree in which blocks have names as they really have: each says all that is before it."""
+chains = st.one_of(
+    letters.map(lambda names: [block(name) for name in names]),
+    paths.map(lambda path: [block(path[:end]) for end in range(1, len(path) + 1)]),
 )
+NAMES = [
+    *"abcdefghij",
+    *("".join(path) for length in range(1, 5) for path in product("xy", repeat=length)),
+]
+blocks = st.sampled_from([block(name) for name in NAMES])
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -47,9 +58,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert indices == absent[:room]
         assert not set(slots) & busy
         assert len(set(slots)) == len(slots)
-        for block in evicted:
-            assert block not in wanted
-            assert self.ready.pop(block) in slots
+        for gone in evicted:
+            assert gone not in wanted
+            assert self.ready.pop(gone) in slots
         assert not set(slots) & set(self.ready.values())
         assert self.pool.fills(slots) == [self.stamp] * len(slots)
         self.filling.update(zip(slots, (wanted[index] for index in indices), strict=True))
@@ -95,22 +106,18 @@ class PoolMachine(RuleBasedStateMachine):
         self.stamp += 1
         self.pool.use(wanted, now=float(self.stamp))
 
-    @rule(
-        found=st.lists(
-            st.tuples(st.sampled_from(chain("abcdefghij")), st.integers(0, CAPACITY)), max_size=4
-        )
-    )
+    @rule(found=st.lists(st.tuples(blocks, st.integers(0, CAPACITY)), max_size=4))
     def adopt(self, found: list[tuple[BlockHash, int]]) -> None:
         self.stamp += 1
         expected = []
-        for block, slot in found:
+        for one, slot in found:
             busy = set(self.ready.values()) | set(self.filling) | self.pinned()
-            known = block in self.ready or block in self.filling.values()
+            known = one in self.ready or one in self.filling.values()
             expected.append(slot < CAPACITY and slot not in busy and not known)
             if expected[-1]:
-                self.ready[block] = slot
-        blocks, slots = [block for block, _ in found], [slot for _, slot in found]
-        assert self.pool.adopt(blocks, slots, [self.stamp] * len(found)) == expected
+                self.ready[one] = slot
+        names, slots = [one for one, _ in found], [slot for _, slot in found]
+        assert self.pool.adopt(names, slots, [self.stamp] * len(found)) == expected
         taken = [slot for slot, good in zip(slots, expected, strict=True) if good]
         assert self.pool.fills(taken) == [self.stamp] * len(taken)
 
@@ -134,9 +141,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.used == len(used)
         unpinned = CAPACITY - len(self.filling) - len(self.pinned())
         assert self.pool.unpinned == unpinned
-        for block in chain("abcdefghij"):
-            expected = block in self.ready or block in self.filling.values()
-            assert (block in self.pool) == expected
+        for name in NAMES:
+            expected = block(name) in self.ready or block(name) in self.filling.values()
+            assert (block(name) in self.pool) == expected
 
 
 TestPool = PoolMachine.TestCase

@@ -1,0 +1,505 @@
+"""The default choice of what goes: the block that promises the fewest hits per second of a slot.
+
+Prompts are chains of blocks, and requests share heads of chains. So what is known is kept for
+segments: stretches of a chain that requests have so far only used together. They form a tree.
+Its leaves go first, and the last block of a segment before the others: a chain loses its tail
+before its head, and no block is kept whose head is gone.
+
+A segment is of a kind: how often was it used, and is its conversation alive (how many requests
+have gone on where the one before ended). What a kind is worth at which age, `ReuseOdds` learns
+while requests come. Segments whose blocks are all gone are remembered for a while: without
+them only from those could be learned that were used again in time.
+
+Of each kind the segment that was used longest ago is looked at, and the worst of these goes.
+So a use costs a look-up per segment, and a victim a look at a few kinds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import chain
+
+from kvbm_schemas.block import BlockHash
+from kvbm_service.core.reuse_odds import ENDS, SPANS, ReuseOdds
+
+GHOSTS = 16_384
+"""Segments without blocks in slots that are remembered; those used longest ago are forgotten."""
+
+AWAITED_BLOCKS = 65_536
+"""Blocks of requests that may come to be stored: at least this many are known, at most twice."""
+
+LEARN_REQUESTS = 256
+"""Conclusions are drawn every so many requests."""
+
+FADE_SEGMENTS = 32_768
+"""After so many uses of segments, what was learned before counts half."""
+
+USES = 5
+"""Kinds by uses: 1, 2–3, 4–7, 8–15, more."""
+
+TURNS = 4
+"""Kinds by requests that went on where the one before ended: 0, 1, 2–3, more."""
+
+LAST = 0
+"""The kind of a block at the end of the first request that had it: often it is not full yet,
+and has another name in the next request."""
+
+KINDS = 1 + USES * TURNS
+
+
+GONE = -1
+"""Stands for the slot of a block that is in none."""
+
+
+class _Segment:
+    """Blocks of a chain that requests have so far only used together."""
+
+    __slots__ = (
+        "blocks", "depth", "kids", "kind", "may_go", "parent", "queued", "reach", "slots", "stamp",
+        "stored", "turn", "used_at", "uses",
+    )  # fmt: skip
+
+    def __init__(self, blocks: list[BlockHash], depth: int) -> None:
+        self.blocks = blocks
+        self.depth = depth
+        """How many blocks come before it in its chain."""
+        self.slots = [GONE] * len(blocks)
+        self.stored = 0
+        """How many of its blocks are in slots."""
+        self.may_go = len(blocks)
+        """None of its blocks from this one on may go."""
+        self.parent: _Segment | None = None
+        self.kids = 0
+        """How many of the segments right behind it are alive."""
+        self.queued = False
+        self.kind = LAST
+        self.uses = 0
+        self.turn = 0
+        self.reach = 0
+        """The length of the last request that used it."""
+        self.used_at = 0.0
+        self.stamp = 0
+        """The number of that request; 0: forgotten."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether what it follows must stay."""
+        return self.stored > 0 or self.kids > 0
+
+
+class HitDensity:
+    """Eviction by the hits to be expected per second, with odds that are learned on the way."""
+
+    def __init__(self) -> None:
+        self._odds = ReuseOdds(KINDS)
+        self._tree: dict[BlockHash, _Segment] = {}
+        """By first block; names are chained, so that one says where in the tree it is."""
+        self._ghosts: OrderedDict[_Segment, None] = OrderedDict()
+        """Those of the tree that are not alive, the one to forget first."""
+        self._segments: dict[int, _Segment] = {}
+        """Of each slot, but for those of found blocks."""
+        self._hidden: set[int] = set()
+        self._queues: list[OrderedDict[_Segment, None]] = [OrderedDict() for _ in range(KINDS)]
+        """Of each kind what may go, the segment used longest ago first."""
+        self._blocked: OrderedDict[_Segment, None] = OrderedDict()
+        """Segments that came up for eviction while others follow them."""
+        self._worst: list[tuple[float, int]] = []
+        """A heap of (density of the first in its queue, kind)."""
+        self._sorted = False
+        self._awaited: dict[BlockHash, _Segment] = {}
+        self._awaited_longer: dict[BlockHash, _Segment] = {}
+        self._found: OrderedDict[BlockHash, int] = OrderedDict()
+        """Adopted blocks that no request has used yet, oldest first, and their slots."""
+        self._ageing: list[deque[tuple[int, _Segment]]] = [deque() for _ in range(SPANS - 1)]
+        """By span, the segments that have come to it, with their stamps."""
+        self._now = 0.0
+        self._requests = 0
+        self._used_segments = 0
+
+    # -- uses ------------------------------------------------------------------------
+
+    def use(self, chain: Sequence[BlockHash], now: float) -> None:
+        """Its segments were used; what the chain has beyond them becomes new ones."""
+        self._now = max(now, self._now)
+        self._requests += 1
+        self._sorted = False
+        self._grow_older()
+        path, known = self._walk(chain)
+        turn = path[-1].turn + 1 if path and known >= path[-1].reach - 1 else 0
+        for segment in path:
+            self._odds.used(segment.kind, self._now - segment.used_at, len(segment.blocks))
+        last = max(known, len(chain) - 1)
+        new = ((known, last), (last, len(chain)))
+        path.extend(self._grow(chain, begin, end) for begin, end in new if begin < end)
+        before: _Segment | None = None
+        for segment in path:
+            self._attach(segment, before)
+            segment.uses += 1
+            segment.turn, segment.reach = turn, len(chain)
+            is_last = segment is path[-1] and known < len(chain)
+            self._refresh(segment, LAST if is_last else _kind(segment.uses, turn))
+            before = segment
+        self._forget()
+        if self._requests % LEARN_REQUESTS == 0:
+            self._odds.learn()
+
+    def _walk(self, chain: Sequence[BlockHash]) -> tuple[list[_Segment], int]:
+        """The segments of the chain's known head, and the head's length.
+
+        One of which the chain has only a part is split.
+        """
+        path: list[_Segment] = []
+        known = 0
+        while known < len(chain):
+            segment = self._tree.get(chain[known])
+            if segment is None or segment.depth != known:
+                break
+            blocks = chain[known : known + len(segment.blocks)]
+            if blocks != segment.blocks:
+                pairs = enumerate(zip(blocks, segment.blocks, strict=False))
+                same = next((i for i, (one, other) in pairs if one != other), len(blocks))
+                segment = self._split(segment, same)
+            path.append(segment)
+            known += len(segment.blocks)
+        return path, known
+
+    def _split(self, tail: _Segment, count: int) -> _Segment:
+        """Make the first `count` blocks of a segment one of their own, which the rest follows."""
+        head = _Segment(tail.blocks[:count], tail.depth)
+        head.slots = tail.slots[:count]
+        for slot in head.slots:
+            if slot != GONE:
+                self._segments[slot] = head
+                head.stored += 1
+        for block in head.blocks:
+            if block in self._awaited:
+                self._awaited[block] = head
+        head.kind, head.uses, head.turn = tail.kind, tail.uses, tail.turn
+        head.reach, head.used_at, head.stamp = tail.reach, tail.used_at, tail.stamp
+        del tail.blocks[:count], tail.slots[:count]
+        tail.depth += count
+        tail.stored -= head.stored
+        tail.may_go = len(tail.blocks)
+        self._tree[head.blocks[0]], self._tree[tail.blocks[0]] = head, tail
+        head.parent, tail.parent = tail.parent, head
+        head.kids = int(tail.alive)
+        if not tail.alive:
+            self._ghosts[tail] = None
+        if not head.alive:
+            self._ghosts[head] = None
+        return head
+
+    def _grow(self, chain: Sequence[BlockHash], begin: int, end: int) -> _Segment:
+        """A new segment, in which those of its blocks that were found have slots."""
+        segment = _Segment(list(chain[begin:end]), begin)
+        self._tree[chain[begin]] = segment
+        self._ghosts[segment] = None
+        if self._found:
+            for index, block in enumerate(segment.blocks):
+                if (slot := self._found.pop(block, None)) is not None:
+                    self._put(segment, index, slot)
+        return segment
+
+    def _attach(self, segment: _Segment, parent: _Segment | None) -> None:
+        """Let it follow `parent`: one that was forgotten meanwhile may be another one now."""
+        if segment.parent is not parent:
+            if segment.alive and segment.parent is not None:
+                self._lose_kid(segment.parent)
+            segment.parent = parent
+            if segment.alive and parent is not None:
+                self._win_kid(parent)
+
+    def _refresh(self, segment: _Segment, kind: int) -> None:
+        """It was used just now; it is of this kind from now on."""
+        if segment.queued:
+            del self._queues[segment.kind][segment]
+        self._blocked.pop(segment, None)
+        segment.kind = kind
+        segment.queued = True
+        segment.used_at = self._now
+        segment.stamp = self._requests
+        self._queues[kind][segment] = None
+        if segment in self._ghosts:
+            self._ghosts.move_to_end(segment)
+        if segment.stored < len(segment.blocks):
+            self._awaited.update(dict.fromkeys(segment.blocks, segment))
+        self._odds.came(kind, 0, len(segment.blocks))
+        self._ageing[0].append((segment.stamp, segment))
+        self._used_segments += 1
+        if self._used_segments % FADE_SEGMENTS == 0:
+            self._odds.fade(0.5)
+
+    def _grow_older(self) -> None:
+        """Count the segments that have come to another span of ages since they were used."""
+        for span, queue in enumerate(self._ageing):
+            while queue:
+                stamp, segment = queue[0]
+                if segment.stamp == stamp:
+                    if self._now - segment.used_at < ENDS[span]:
+                        break
+                    self._odds.came(segment.kind, span + 1, len(segment.blocks))
+                    if span + 1 < len(self._ageing):
+                        self._ageing[span + 1].append(queue[0])
+                queue.popleft()
+
+    def _forget(self) -> None:
+        """Keep to the limits."""
+        while len(self._ghosts) > GHOSTS:
+            segment, _ = self._ghosts.popitem(last=False)
+            segment.stamp = 0
+            if self._tree.get(segment.blocks[0]) is segment:
+                del self._tree[segment.blocks[0]]
+            if segment.queued:
+                segment.queued = False
+                del self._queues[segment.kind][segment]
+        if len(self._awaited) > AWAITED_BLOCKS:
+            self._awaited, self._awaited_longer = {}, self._awaited
+
+    # -- slots -----------------------------------------------------------------------
+
+    def add(
+        self, blocks: Sequence[BlockHash], slots: Sequence[int], depth: int, after: int | None
+    ) -> None:
+        """They are stored in the segments of the request that had them."""
+        self._hidden.update(slots)
+        segment = self._segments.get(after) if after is not None else None
+        previous, index = after, 0
+        for place, (block, slot) in enumerate(zip(blocks, slots, strict=True), depth):
+            index += 1
+            if segment is None or segment.blocks[index : index + 1] != [block]:
+                segment = self._expecting(block) or self._unasked(block, place, segment, previous)
+                index = segment.blocks.index(block)
+            self._put(segment, index, slot)
+            previous = slot
+
+    def _expecting(self, block: BlockHash) -> _Segment | None:
+        """The segment of a request that had this block, if it still is that block's."""
+        segment = self._awaited.get(block) or self._awaited_longer.get(block)
+        return segment if segment is not None and block in segment.blocks else None
+
+    def _unasked(
+        self, block: BlockHash, depth: int, before: _Segment | None, previous: int | None
+    ) -> _Segment:
+        """Where to store a block that no request had yet: the engine has just made it."""
+        if before is not None and before.uses == 0 and before.slots[-1] == previous:
+            before.blocks.append(block)
+            before.slots.append(GONE)
+            return before
+        segment = _Segment([block], depth)
+        self._tree[block] = segment
+        self._ghosts[segment] = None
+        self._attach(segment, before if before is not None and before.depth < depth else None)
+        self._refresh(segment, _kind(1, before.turn if before else 0))
+        return segment
+
+    def _put(self, segment: _Segment, index: int, slot: int) -> None:
+        if not segment.alive:
+            self._live(segment)
+        segment.slots[index] = slot
+        segment.stored += 1
+        self._segments[slot] = segment
+
+    def adopt(self, blocks: Sequence[BlockHash], slots: Sequence[int]) -> None:
+        """Until they are used they go first, and the oldest of them before the others."""
+        self._found.update(zip(blocks, slots, strict=True))
+
+    def show(self, slots: Sequence[int]) -> None:
+        """A segment that was taken out of its queue, since all in it was hidden, is put back."""
+        self._hidden.difference_update(slots)
+        shown: _Segment | None = None
+        for slot in slots:
+            segment = self._segments.get(slot)
+            if segment is not None and segment is not shown:
+                shown = segment
+                segment.may_go = len(segment.blocks)
+                if not segment.queued and segment not in self._blocked:
+                    self._enqueue_first(segment)
+
+    def hide(self, slots: Sequence[int]) -> None:
+        """Their segments stay where they are until they come up for eviction."""
+        self._hidden.update(slots)
+
+    def drop(self, block: BlockHash, slot: int) -> None:
+        """What its segment follows may become a leaf."""
+        self._hidden.discard(slot)
+        segment = self._segments.get(slot)
+        if segment is None:
+            del self._found[block]
+        else:
+            self._take_out(segment, segment.slots.index(slot))
+
+    def _take_out(self, segment: _Segment, index: int) -> None:
+        del self._segments[segment.slots[index]]
+        segment.slots[index] = GONE
+        segment.stored -= 1
+        if not segment.alive:
+            self._die(segment)
+
+    def _live(self, segment: _Segment) -> None:
+        self._ghosts.pop(segment, None)
+        if segment.parent is not None:
+            self._win_kid(segment.parent)
+
+    def _die(self, segment: _Segment) -> None:
+        self._ghosts[segment] = None
+        if segment.parent is not None:
+            self._lose_kid(segment.parent)
+
+    def _win_kid(self, segment: _Segment) -> None:
+        if not segment.alive:
+            self._live(segment)
+        segment.kids += 1
+
+    def _lose_kid(self, segment: _Segment) -> None:
+        segment.kids -= 1
+        if segment.kids == 0 and self._blocked.pop(segment, GONE) is None:
+            self._enqueue_first(segment)
+        if not segment.alive:
+            self._die(segment)
+
+    # -- victims ---------------------------------------------------------------------
+
+    def victims(self, wanted: int, spared: AbstractSet[int]) -> list[int]:
+        """What was found and not used; then the last block of the leaf that is worth least."""
+        victims: list[int] = []
+        for _ in range(len(self._found)):
+            if len(victims) == wanted:
+                return victims
+            block, slot = self._found.popitem(last=False)
+            if slot in self._hidden or slot in spared:
+                self._found[block] = slot  # at the end, so that the next search does not meet it
+            else:
+                victims.append(slot)
+        aside: list[_Segment] = []
+        while len(victims) < wanted and len(self._hidden) < len(self._segments):
+            leaf = self._worst_leaf(spared, aside)
+            if leaf is None:
+                break
+            self._cut(leaf, wanted, spared, victims)
+        for segment in aside:
+            self._enqueue_first(segment)
+        if len(victims) < wanted:
+            self._take_any(wanted, spared, victims)
+        return victims
+
+    def _cut(
+        self, leaf: _Segment, wanted: int, spared: AbstractSet[int], victims: list[int]
+    ) -> None:
+        """Take what is wanted off its end."""
+        while len(victims) < wanted:
+            slot = self._last_shown(leaf)
+            if slot == GONE or slot in spared:
+                return
+            leaf.may_go -= 1
+            self._take_out(leaf, leaf.may_go)
+            victims.append(slot)
+
+    def _worst_leaf(self, spared: AbstractSet[int], aside: list[_Segment]) -> _Segment | None:
+        """The leaf whose last block is to go; those that would be, but are spared, go `aside`."""
+        if not self._sorted:
+            self._sort()
+        while self._worst:
+            density, kind = self._worst[0]
+            queue = self._queues[kind]
+            if not queue:
+                heappop(self._worst)
+                continue
+            segment = next(iter(queue))
+            present = self._odds.density(kind, self._now - segment.used_at)
+            if present > density:
+                heapreplace(self._worst, (present, kind))
+                continue
+            slot = self._last_shown(segment)
+            if slot != GONE and segment.kids == 0 and slot not in spared:
+                return segment
+            del queue[segment]
+            segment.queued = False
+            if segment.kids:
+                self._blocked[segment] = None
+            elif slot != GONE:
+                aside.append(segment)
+        return None
+
+    def _sort(self) -> None:
+        self._sorted = True
+        self._worst = [
+            (self._odds.density(kind, self._now - next(iter(queue)).used_at), kind)
+            for kind, queue in enumerate(self._queues)
+            if queue
+        ]
+        heapify(self._worst)
+
+    def _last_shown(self, segment: _Segment) -> int:
+        """The slot of its last block that may go, or GONE."""
+        while segment.may_go:
+            slot = segment.slots[segment.may_go - 1]
+            if slot != GONE and slot not in self._hidden:
+                return slot
+            segment.may_go -= 1
+        return GONE
+
+    def _take_any(self, wanted: int, spared: AbstractSet[int], victims: list[int]) -> None:
+        """No leaf may go: take what may, of what others follow or is spared in part."""
+        waiting = chain(self._blocked, *self._queues)
+        may_go = [
+            (segment, index)
+            for segment in waiting
+            for index in range(len(segment.slots) - 1, -1, -1)
+            if segment.slots[index] not in self._hidden
+            and segment.slots[index] not in spared
+            and segment.slots[index] != GONE
+        ]
+        for segment, index in may_go[: wanted - len(victims)]:
+            victims.append(segment.slots[index])
+            self._take_out(segment, index)
+
+    def _enqueue_first(self, segment: _Segment) -> None:
+        queue = self._queues[segment.kind]
+        queue[segment] = None
+        queue.move_to_end(segment, last=False)
+        segment.queued = True
+        if self._sorted:
+            density = self._odds.density(segment.kind, self._now - segment.used_at)
+            heappush(self._worst, (density, segment.kind))
+
+    def check_integrity(self, shown: AbstractSet[int], hidden: AbstractSet[int]) -> None:
+        """All tables agree, and the slots in them are these."""
+        known = {*self._segments, *self._found.values()}
+        assert known == shown | hidden, "other slots are known than are in use"
+        assert len(known) == len(self._segments) + len(self._found), "a slot is known twice"
+        assert self._hidden == hidden, "other slots are hidden"
+        kids: Counter[_Segment] = Counter()
+        segments: set[_Segment] = set()
+        for segment in (*self._segments.values(), *self._tree.values()):
+            above: _Segment | None = segment
+            while above is not None and above not in segments:
+                segments.add(above)
+                above = above.parent
+        for segment in segments:
+            _check(segment, self._segments, hidden)
+            assert segment.queued == (segment in self._queues[segment.kind]), "lost in a queue"
+            waits = segment.queued or segment in self._blocked
+            assert waits or not set(segment.slots) & shown, "what may go waits nowhere"
+            ghost = segment in self._ghosts or segment.stamp == 0
+            assert segment.alive or ghost, "neither alive nor a ghost"
+            if segment.alive and segment.parent is not None:
+                kids[segment.parent] += 1
+        for segment in segments:
+            assert segment.kids == kids[segment], "the count of kids is wrong"
+        assert not any(segment.alive for segment in self._ghosts), "a ghost is alive"
+
+
+def _check(segment: _Segment, segments: Mapping[int, _Segment], hidden: AbstractSet[int]) -> None:
+    stored = [slot for slot in segment.slots if slot != GONE]
+    assert len(segment.slots) == len(segment.blocks), "not a place for each block"
+    assert segment.stored == len(stored), "the count of stored blocks is wrong"
+    assert all(segments[slot] is segment for slot in stored), "a slot is another segment's"
+    assert {*segment.slots[segment.may_go :]} <= {*hidden, GONE}, "what may go is not looked at"
+
+
+def _kind(uses: int, turn: int) -> int:
+    use = min(uses.bit_length(), USES)
+    return 1 + (use - 1) * TURNS + min(turn.bit_length(), TURNS - 1)
