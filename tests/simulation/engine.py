@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tests.simulation.node import Node
     from tests.simulation.world import World
 
-MAX_RUNNING = 3
 BLOCKS_PER_STEP = 2
 FORWARD_SECONDS = 0.01
 
@@ -88,7 +87,7 @@ class Engine:
                 request.decode_steps -= 1
         self._admit()
         work = self._schedule()
-        self._node.leader.check_integrity()
+        self._node.inspect()
         commands = self._node.take_commands()
         for rank in self._node.ranks:
             rank.begin_step(commands)
@@ -158,7 +157,7 @@ class Engine:
         for request in list(self.requests.values()):
             if request.stage is not Stage.WAITING:
                 continue
-            if active >= MAX_RUNNING:
+            if active >= self._world.weather.running:
                 return
             prefix = self.pool.cached_prefix(request.chain)
             found = self._match(request, len(prefix))

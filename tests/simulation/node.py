@@ -24,6 +24,7 @@ from kvbm_schemas.requests import (
     SnapshotChunk,
 )
 from kvbm_schemas.step import Moved
+from kvbm_service.core.columns import unpack_u32
 from kvbm_service.core.effects import (
     Announce,
     Answer,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 TICK_SECONDS = 0.05
 BEAT_SECONDS = 0.15
 CHUNK_BLOCKS = 3
+LOOKS_PER_INSPECTION = 6
 STAGING_SECONDS = 0.12
 LOOKUP_SECONDS = 0.03
 
@@ -74,8 +76,11 @@ class Node:
         """Whether no later life may find anything."""
         earlier = world.nodes.get(name)
         self.nothing_is_left = earlier is not None and earlier.was_reset
+        self.borrowed: dict[str, tuple[str, set[int]]] = {}
+        """Leases on other nodes' slots that were not given back."""
         self._watcher = Watcher(world.directory, world.timeline, self._peer_changed)
         self._tokens = 0
+        self._looks = 0
         self._asking: dict[str, tuple[bytes, Reply]] = {}
         """Who waits for our disk, and what for."""
         self._member = False
@@ -104,6 +109,12 @@ class Node:
         for rank in self.ranks:
             rank.process.alive = False
 
+    def inspect(self) -> None:
+        """Look at all tables now and again; always would take most of the time."""
+        self._looks += 1
+        if self._looks % LOOKS_PER_INSPECTION == 0:
+            self.leader.check_integrity()
+
     # -- what the shell does ---------------------------------------------------------------
 
     def take_commands(self) -> step.StepCommands:
@@ -128,6 +139,8 @@ class Node:
             case Announce(loaded):
                 self.world.count_loaded(self.name, loaded)
             case GiveBack(node, lease):
+                self.borrowed.pop(lease)
+                self.world.oracles.reads_are_leased(self)
                 network.send(self, node, Release(lease=lease))
             case AskRegistry(request, attempt, hashes):
                 self._ask_registry(request, attempt, Lookup(hashes=hashes, asker=self.name))
@@ -157,6 +170,8 @@ class Node:
 
         def answered(answer: Message | None) -> None:
             known = answer if isinstance(answer, Leased | Refused) else None
+            if isinstance(answer, Leased):
+                self.borrowed[answer.lease] = question.node, set(unpack_u32(answer.slots))
             self.leader.answered(
                 question.request, question.attempt, question.node, question.start,
                 known, asked_at, self._now,
@@ -174,6 +189,7 @@ class Node:
         def answered(rank: Rank, answer: Message | None) -> None:
             heard.append(isinstance(answer, Moved) and answer.op == order.fetch.op)
             if isinstance(answer, Moved):
+                self.world.oracles.moved(self, answer)
                 self.leader.moved(answer, rank.number, self._now)
             if len(heard) == len(self.ranks) and not all(heard):
                 self.world.unheard += 1
@@ -199,7 +215,7 @@ class Node:
                 self.leader.release(lease)
             case Resync():
                 self._send_snapshot(answer)
-        self.leader.check_integrity()
+        self.inspect()
         self.pump()
 
     def _grant(self, lease: str, granted: LeaseAnswer) -> None:
@@ -247,7 +263,7 @@ class Node:
         leases = len(self.leader.lending.leases)
         self.leader.tick(self._now)
         self.world.expired_leases += leases - len(self.leader.lending.leases)
-        self.leader.check_integrity()
+        self.inspect()
         self.pump()
         self.engine.wake()
 

@@ -13,6 +13,7 @@ from kvbm_schemas.requests import LeaseAnswer, Leased
 from kvbm_service.core.columns import unpack_u32, unpack_u64
 from kvbm_service.core.journal import Journal
 from tests.simulation.demand import Demand
+from tests.simulation.doubts import Doubts, Spot
 from tests.simulation.slots import Label
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Oracles:
         self._world = world
         self._cursors: dict[tuple[RegistryHost, str], Moment] = {}
         self._demand: dict[Node, Demand] = {}
+        self._doubts: dict[Node, Doubts] = {}
 
     # -- always ----------------------------------------------------------------------------
 
@@ -113,15 +115,18 @@ class Oracles:
         self.slots_are_free(node)
         self._disk_is_used_as_wanted(node, commands)
         self._demand_of(node).told(commands)
+        self._doubts_of(node).told(commands)
 
     def fetch_is_right(self, node: Node, fetch: step.Fetch) -> None:
         """Likewise for what does not ride a step."""
         self._world.told["fetches by bus"] += 1
+        self._doubts_of(node).told_to_fetch(fetch)
         self.slots_are_free(node)
 
     def reported(self, node: Node, results: step.StepResults) -> None:
         """A rank tells the leader what it has finished."""
         self._demand_of(node).reported(results)
+        self._doubts_of(node).reported(results)
 
     def slots_are_free(self, node: Node) -> None:
         """What is leased, read or planned with is not to be overwritten, nor written to twice."""
@@ -150,7 +155,9 @@ class Oracles:
         to = Tier.DISK if limits.disk_only else Tier.HOST
         check(all(save.tier is to for save in commands.saves), f"{node.name} saves elsewhere")
         if any(rank.told_disk_lost for rank in node.ranks):
-            used = commands.spills or commands.fetches or (limits.disk_only and commands.saves)
+            again = self._doubts_of(node).fetches
+            fresh = [fetch for fetch in commands.fetches if fetch.op not in again]
+            used = commands.spills or fresh or (limits.disk_only and commands.saves)
             check(not used, f"{node.name} uses a disk that is lost")
         if limits.min_frequency and not limits.disk_only:
             demand = self._demand_of(node)
@@ -161,8 +168,24 @@ class Oracles:
                     f"{node.name} puts a block on disk that nobody wants",
                 )
 
+    def moved(self, node: Node, moved: step.Moved) -> None:
+        """Likewise, by the bus."""
+        self._doubts_of(node).moved(moved)
+
+    def _doubts_of(self, node: Node) -> Doubts:
+        return self._doubts.setdefault(node, Doubts())
+
     def _demand_of(self, node: Node) -> Demand:
         return self._demand.setdefault(node, Demand(len(node.ranks)))
+
+    def reads_are_leased(self, node: Node) -> None:
+        """Each read of another node's slots has a lease that was not given back."""
+        leased = Counter(
+            (owner, slot) for owner, slots in node.borrowed.values() for slot in slots
+        )
+        for rank in node.ranks:
+            right = all(count <= leased[place] for place, count in rank.pulling.items())
+            self._world.check(right, f"{node.name} reads without a lease")
 
     def lease_is_true(self, node: Node, hashes: bytes, answer: LeaseAnswer) -> None:
         """Blocks that another node may read are there, on every rank."""
@@ -253,6 +276,13 @@ class Oracles:
         check(not leader.prefetch._asked, f"{node.name} still waits for leases to prefetch")
         check(not leader._readers, f"{node.name} still follows requests")
         self._holds_what_it_says(node, f"{node.name} does not hold what it says")
+        held = {
+            Spot(tier, slot, pool._fills[slot])
+            for tier, pool in leader.tiers._pools
+            for slot in pool._ready.values()
+        }
+        doubted = held & self._doubts_of(node).spots
+        check(not doubted, f"{node.name} believes what could not be read")
         lost = any(rank.told_disk_lost for rank in node.ranks)
         check(not (lost and leader.tiers.disk), f"{node.name} still has a disk that is lost")
 

@@ -45,12 +45,13 @@ class Rank:
         self.survivors = [slots.survivors(tier) for tier, slots in tiers.items()]
         self.disk_lost = ""
         self.told_disk_lost = False
-        self.fetches_begun: Counter[int] = Counter()
+        self.pulling: Counter[tuple[str, int]] = Counter()
+        """Other nodes' slots that are being read."""
         self._first_fill = 1 + max(slots.last_fill for slots in tiers.values())
         """Whoever stamps with less could be mistaken for an earlier life."""
         self._reading: Counter[tuple[Tier, int]] = Counter()
         self._writing: set[tuple[Tier, int]] = set()
-        self._node = node
+        self.node = node
         self._known: set[str] = set()
         self._moved: list[step.Moved] = []
         self._loaded: list[step.LoadResult] = []
@@ -59,7 +60,7 @@ class Rank:
     @property
     def online(self) -> bool:
         """Whether it is on the bus."""
-        return self.world.nodes[self._node].online
+        return self.world.nodes[self.node].online
 
     def record(self) -> RankRecord:
         """What the directory says about this rank."""
@@ -67,7 +68,7 @@ class Rank:
         slab = SlabRecord(base=0, headers=0, slots=slots, slot_bytes=1, header_bytes=1)
         disk = self.tiers.get(Tier.DISK)
         return RankRecord(
-            node=self._node,
+            node=self.node,
             rank=self.number,
             world_size=self.world.weather.world_size,
             agent=self.agent,
@@ -143,7 +144,6 @@ class Rank:
     def fetch(self, command: step.Fetch, tell: Tell) -> None:
         """Disk slots → host slots, once, however often and by whatever way it is told."""
         if self._fetched.begin(command.op, tell):
-            self.fetches_begun[command.op] += 1
             script = self._copy(
                 command, Tier.DISK, command.disk, Tier.HOST, command.host, self._fetched.end
             )
@@ -309,6 +309,10 @@ class _Pull:
         self._ends = rank.world.timeline.now + read.seconds
         self._works = rank.knows(self._agent) and not rank.world.copy_fails()
 
+        rank.pulling.update((read.node, slot) for slot in self._slots)
+        self._node = read.node
+        rank.world.oracles.reads_are_leased(rank.world.nodes[rank.node])
+
     def read(self, position: int) -> bytes:
         self._works = self._works and self._owner.process.alive
         if not self._works:
@@ -316,6 +320,8 @@ class _Pull:
         return self._owner.tiers[Tier.HOST].contents[self._slots[position]]
 
     def proven(self) -> list[bool]:
+        """The read has ended: what of it can be believed."""
+        self._rank.pulling.subtract((self._node, slot) for slot in self._slots)
         works = self._works and self._owner.process.alive
         works = works and self._rank.world.timeline.now <= self._ends
         return [

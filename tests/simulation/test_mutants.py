@@ -6,13 +6,16 @@ import pytest
 
 from tests.simulation.mutants import MUTANTS, Mutant
 from tests.simulation.oracles import Broken
+from tests.simulation.tier_mutants import TIER_MUTANTS
 from tests.simulation.world import World
+
+ALL = [*MUTANTS, *TIER_MUTANTS]
 
 SEEDS = 200
 """A bug has to show within this many worlds."""
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+@pytest.mark.parametrize("mutant", ALL, ids=[mutant.name for mutant in ALL])
 def test_a_planted_bug_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.plant(monkeypatch)
     said = []
@@ -26,7 +29,7 @@ def test_a_planted_bug_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch
     pytest.fail(f"nobody noticed that leaders or registries {mutant.name}; seen: {said}")
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+@pytest.mark.parametrize("mutant", ALL, ids=[mutant.name for mutant in ALL])
 def test_without_the_bug_all_is_well_in_the_same_weather(mutant: Mutant) -> None:
     for seed in range(3):
         World(seed, mutant.weather).run()

@@ -23,6 +23,8 @@ class Weather:
     host_survives: bool = True
     """Whether host memory outlives its process."""
     device_blocks: int = 10
+    running: int = 3
+    """Requests that an engine has at a time; others wait."""
     requests: int = 12
     longest_delay: float = 0.001
     """Of a message. Unequal delays put messages out of order."""
@@ -73,7 +75,7 @@ def any_weather(chance: random.Random) -> Weather:
         return chance.random() * most if chance.random() < 0.3 else 0.0
 
     return Weather(
-        nodes=chance.choice((1, 2, 2, 3, 3)),
+        nodes=chance.choice((1, 2, 2, 3, 3, 4)),
         registries=chance.randint(1, 2),
         world_size=chance.choice((1, 1, 2)),
         host_slots=chance.choice((1, 4, 8, 16, 24)),
@@ -84,6 +86,7 @@ def any_weather(chance: random.Random) -> Weather:
         disk_slowness=chance.choice((1.0, 2.0, 5.0)),
         host_survives=chance.random() < 0.6,
         device_blocks=chance.randint(6, 14),
+        running=chance.choice((1, 2, 3)),
         requests=chance.randint(20, 80),
         longest_delay=chance.choice((0.0002, 0.001, 0.01)),
         copy_seconds=chance.choice((0.0002, 0.001, 0.01)),
@@ -95,7 +98,7 @@ def any_weather(chance: random.Random) -> Weather:
         outages=sometimes(1.0),
         stops=sometimes(2.0),
         naps=sometimes(0.3),
-        crashes=sometimes(0.7),
+        crashes=sometimes(2.0),
         registry_crashes=sometimes(0.7),
         decay=sometimes(10.0),
         disk_losses=sometimes(0.5),

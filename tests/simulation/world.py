@@ -219,6 +219,7 @@ class World:
             disk.decay(self.chance.randrange(len(disk.contents)))
         if disk is not None and self._strikes(self.weather.disk_losses):
             rank.disk_lost = "I/O error"
+            self.told["lost disks"] += 1
 
     def _outage(self, node: Node) -> None:
         node.online = False
