@@ -3,11 +3,13 @@
 - `reference` computes every answer by itself: no connector, nothing reused.
 - `site` has what nodes need to find each other, and a witness who hears all they say.
 - `pair` is two nodes of one cluster, with a device pool and a host tier of a few blocks each.
+- `options` are three engines, one with each of the guides' cache options.
 """
 
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from kvbm_service.demo.engine import Engine, EngineOptions, share_cores
 from kvbm_service.demo.model import make_model
 from kvbm_service.demo.talk import Answer
 from tests.integration.node import ANSWER_SECONDS, MEMBERSHIP_SECONDS, Node, node_options
+from tests.integration.option import DISK, HOST, Option, gigabytes
 from tests.integration.witness import Witness
 
 ROOT = Path(__file__).parents[2]
@@ -159,3 +162,50 @@ def pair(lasting_pair: tuple[Node, Node]) -> Iterator[tuple[Node, Node]]:
     yield lasting_pair
     for node in lasting_pair:
         node.check_at_rest()
+
+
+class Options:
+    """Three engines in three directories; whoever kills one starts the next."""
+
+    def __init__(self, model: Path, folder: Path, memory: Path, url: str) -> None:
+        self._folder = folder
+        cores = iter(share_cores(engines=3))
+
+        def option(name: str, **chosen: str) -> Option:
+            directories = {
+                "KVBM_HOST_CACHE_DIR": str(memory),
+                "DYN_KVBM_DISK_CACHE_DIR": str(folder / name),
+            }
+            return Option(name, model, folder, url, next(cores), **directories, **chosen)
+
+        self.cpu = option("cpu", **{HOST: gigabytes(96)})
+        self.both = option("both", **{HOST: gigabytes(24), DISK: gigabytes(160)})
+        self.disk = option("disk", **{DISK: gigabytes(160)})
+
+    def disk_folder(self, option: Option) -> Path:
+        """Where an option's disk tier is."""
+        return self._folder / option.name
+
+    def __iter__(self) -> Iterator[Option]:
+        return iter((self.cpu, self.both, self.disk))
+
+
+@pytest.fixture(scope="session")
+def all_options(
+    model: Path, site: Site, reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Options]:
+    """The three, for all tests of this folder. They start beside each other."""
+    folder = tmp_path_factory.mktemp("options")
+    with tempfile.TemporaryDirectory(prefix="kvbm-tests-", dir="/dev/shm") as memory:
+        options = Options(model, folder, Path(memory), site.cluster.url)
+        yield options
+        for option in options:
+            option.kill()
+
+
+@pytest.fixture
+def options(all_options: Options) -> Options:
+    """The three, running."""
+    for option in all_options:
+        option.start()
+    return all_options

@@ -57,6 +57,7 @@ def node_options(model: Path, log: Path, url: str, name: str, **changed: Any) ->
         "KVBM_MEMBERSHIP_SECONDS": MEMBERSHIP_SECONDS,
         "KVBM_TRANSFER_TIMEOUT_SECONDS": TRANSFER_SECONDS,
         "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": HOST_BLOCKS,
+        "KVBM_HOST_CACHE_DIR": "none",
     } | changed.pop("connector", {})
     arguments = {"worker_extension_cls": "worker_probe.Probe"} | changed.pop("arguments", {})
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]

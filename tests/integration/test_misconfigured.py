@@ -10,8 +10,8 @@ from kvbm_service.demo.engine import Engine, EngineFailed, share_cores
 from kvbm_service.errors import SettingError
 from kvbm_service.host_worker import start_worker
 from kvbm_service.network import over_nats
-from kvbm_service.worker_service import RankId
 from kvbm_service.settings import Settings
+from kvbm_service.worker_service import RankId
 from tests.integration.conftest import Engines, Site
 
 NO_SIZE = {"connector": {"DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": None}}
@@ -28,10 +28,11 @@ def starting(site: Site, lasting_engines: Engines) -> tuple[Engine, Engine]:
     )
 
 
-def test_an_engine_whose_host_tier_has_no_size_does_not_start(
+def test_an_engine_with_no_tier_that_has_a_size_does_not_start(
     starting: tuple[Engine, Engine],
 ) -> None:
-    with pytest.raises(EngineFailed, match=r"DYN_KVBM_CPU_CACHE_GB=0.*the host tier has no size"):
+    words = r"DYN_KVBM_CPU_CACHE_GB=0.*the host tier has no size.*or DYN_KVBM_DISK_CACHE_GB"
+    with pytest.raises(EngineFailed, match=words):
         starting[0].wait_ready()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +56,19 @@ class Probe:
 
     def kvbm_hold(self, rank: int) -> None:
         """Let `rank` copy nothing until `kvbm_let_go`."""
-        from kvbm_service.worker_service import _Job
+        from kvbm_service.lanes import Job
 
         worker = _worker()
         if worker.record.rank == rank:
             _let_go.clear()
-            worker._copies.add(_Job(lambda: _let_go.wait(HOLD_SECONDS) and None, print))
+            worker._copies.add(Job(lambda: _let_go.wait(HOLD_SECONDS) and None, print))
+
+    def kvbm_make_disk_read_only(self) -> None:
+        """Let every write to the disk tier's file fail from now on."""
+        file = _worker()._disk._file  # type: ignore[union-attr]
+        read_only = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_DIRECT)
+        os.dup2(read_only, file.fd, inheritable=False)
+        os.close(read_only)
 
     def kvbm_let_go(self) -> None:
         """Let it copy again."""
