@@ -37,7 +37,6 @@ from kvbm_service.core.reads import (
     Grant,
     Hits,
     Part,
-    Pinned,
     Plan,
     Reader,
     Stage,
@@ -199,7 +198,7 @@ class Leader:
         assert plan.start <= computed, "other than was promised"
         assert computed + len(device_blocks) <= plan.end, "more than was promised"
         op = self.orders.next_op()
-        order = LoadOrder(reader, computed, device_blocks)
+        order = LoadOrder(reader, computed, device_blocks, self.tiers)
         self.orders.load(order.command(op, request, now, self._limits.transfer_seconds))
         self._loads[op] = LoadUnderWay(request, order, set(range(self._world_size)), began=now)
         reader.stage, reader.plan, reader.op = Stage.LOADING, None, op
@@ -527,11 +526,9 @@ class Leader:
         at = plan.start
         filled = iter(plan.parts)
         while True:
-            for run in self.tiers.runs(chain, at):
-                pool = self.tiers.pool(run.tier)
-                slots = pool.pin(chain[run.start : run.end])
-                plan.pinned.append(Pinned(run.tier, run.start, slots, pool.fills(slots)))
-                at = run.end
+            pinned = self.tiers.pin_runs(chain, at)
+            plan.pinned.extend(pinned)
+            at = pinned[-1].end if pinned else at
             part = next(filled, None)
             if part is None or part.start != at:
                 return

@@ -9,6 +9,7 @@ from kvbm_schemas import step
 from kvbm_schemas.block import BlockHash, Tier, pack
 from kvbm_service.core.columns import pack_u32, pack_u64
 from kvbm_service.core.reads import Grant, Hits, Pinned, Plan, Reader
+from kvbm_service.core.tiers import Tiers
 
 
 class Place(NamedTuple):
@@ -43,12 +44,15 @@ class _Columns:
 class LoadOrder:
     """A load of `chain[computed:]` into `device_blocks`, as the reader's plan says."""
 
-    def __init__(self, reader: Reader, computed: int, device_blocks: Sequence[int]) -> None:
+    def __init__(
+        self, reader: Reader, computed: int, device_blocks: Sequence[int], tiers: Tiers
+    ) -> None:
         assert reader.plan is not None
         self._chain = reader.chain
         self.computed = computed
         self._end = computed + len(device_blocks)
         self._device_blocks = device_blocks
+        self._tiers = tiers
         self.plan: Plan = reader.plan
         self.places: dict[int, Place] = {}
 
@@ -86,13 +90,17 @@ class LoadOrder:
     def _append(self, to: _Columns, piece: Pinned | Grant, start: int, stop: int) -> None:
         blocks = self._device_blocks[start - self.computed : stop - self.computed]
         names = self._chain[start:stop]
-        tier, node = (piece.tier, "") if isinstance(piece, Pinned) else (Tier.HOST, piece.node)
+        fills: Sequence[int]
+        if isinstance(piece, Pinned):
+            tier, node, fills = piece.tier, "", self._tiers.fills(piece)
+        else:
+            tier, node, fills = Tier.HOST, piece.node, piece.fills
         for block, name in zip(blocks, names, strict=True):
             self.places[block] = Place(name, tier, node)
         to.hashes.extend(names)
         to.blocks.extend(blocks)
         to.slots.extend(piece.slots[start - piece.start : stop - piece.start])
-        to.fills.extend(piece.fills[start - piece.start : stop - piece.start])
+        to.fills.extend(fills[start - piece.start : stop - piece.start])
 
     @property
     def hits(self) -> Hits:

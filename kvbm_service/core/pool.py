@@ -230,7 +230,21 @@ class Pool:
 
     def pin(self, chain: Iterable[BlockHash]) -> list[int]:
         """Keep these readable blocks where they are. Returns their slots."""
-        slots = [self._ready[block] for block in chain]
+        ready = self._ready
+        return self._pin([ready[block] for block in chain])
+
+    def pin_run(self, chain: Sequence[BlockHash], start: int = 0) -> list[int]:
+        """Keep the run of readable blocks that begins at `start`. Returns their slots."""
+        find = self._ready.get
+        slots: list[int] = []
+        for block in islice(chain, start, None):
+            slot = find(block)
+            if slot is None:
+                break
+            slots.append(slot)
+        return self._pin(slots)
+
+    def _pin(self, slots: list[int]) -> list[int]:
         pins = self._pins
         hidden: list[int] = []
         for slot in slots:

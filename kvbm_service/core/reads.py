@@ -79,7 +79,6 @@ class Pinned:
     tier: Tier
     start: int
     slots: list[int]
-    fills: list[int]
 
     @property
     def end(self) -> int:

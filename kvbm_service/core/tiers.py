@@ -7,6 +7,7 @@ The disk tier may be absent, or be given up when the disk fails.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from kvbm_schemas.block import BlockHash, Tier, unpack
@@ -15,6 +16,7 @@ from kvbm_schemas.step import Survivors
 from kvbm_service.core.columns import unpack_u32, unpack_u64
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.pool import Pool, Reservation
+from kvbm_service.core.reads import Pinned
 
 
 class Run(NamedTuple):
@@ -65,6 +67,20 @@ class Tiers:
             end = run.end
         return runs
 
+    def pin_runs(self, chain: Sequence[BlockHash], start: int) -> list[Pinned]:
+        """Pin all that `runs` finds, so that it stays where it is."""
+        pinned: list[Pinned] = []
+        while start < len(chain):
+            tier, slots = Tier.HOST, self.host.pin_run(chain, start)
+            if not slots and self.disk is not None:
+                end = self._disk_end(chain, start)
+                tier, slots = Tier.DISK, self.disk.pin(chain[start:end])
+            if not slots:
+                break
+            pinned.append(Pinned(tier, start, slots))
+            start += len(slots)
+        return pinned
+
     def absent(self, chain: Sequence[BlockHash], start: int) -> list[int]:
         """Which of `chain[start:]` are readable in no tier, as indices."""
         first = self.host.match(chain, start)
@@ -75,13 +91,20 @@ class Tiers:
         end = self.host.match(chain, start)
         if end > start:
             return Run(Tier.HOST, start, end)
+        end = self._disk_end(chain, start)
+        return Run(Tier.DISK, start, end) if end > start else None
+
+    def _disk_end(self, chain: Sequence[BlockHash], start: int) -> int:
+        """Where the run from `start` on ends that only the disk has."""
         if self.disk is None:
-            return None
-        while end < len(chain) and self.disk.readable(chain[end]):
-            if end > start and self.host.readable(chain[end]):
+            return start
+        on_disk, in_host = self.disk.readable, self.host.readable
+        end = start
+        for block in islice(chain, start, None):
+            if not on_disk(block) or in_host(block):
                 break
             end += 1
-        return Run(Tier.DISK, start, end) if end > start else None
+        return end
 
     def status(self) -> tuple[TierStatus, ...]:
         """How full each tier is."""
@@ -161,6 +184,12 @@ class Tiers:
         if self.disk is not None:
             self._journal.removed(self.disk.blocks(), Tier.DISK)
             self.disk = None
+
+    def fills(self, pinned: Pinned) -> Sequence[int]:
+        """The fill stamps of pinned slots; in a tier that was given up meanwhile, none: 0."""
+        if self.has(pinned.tier):
+            return self.pool(pinned.tier).fills(pinned.slots)
+        return [0] * len(pinned.slots)
 
     def unpin(self, tier: Tier, slots: Sequence[int]) -> None:
         """Undo a pin; of a tier that was given up meanwhile, nothing is left to undo."""
