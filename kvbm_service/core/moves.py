@@ -7,7 +7,7 @@ confirmed its bytes. Until then nothing that the move touches is used for anythi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class Move(NamedTuple):
     tier: Tier
     blocks: list[BlockHash]
     slots: list[int]
-    device_blocks: list[int] = []
+    device_blocks: Sequence[int] = ()
     """Held until every rank has finished with them, however it went."""
     pinned: tuple[Tier, list[int]] | None = None
     """Own slots that are read."""
