@@ -14,7 +14,7 @@ import msgspec
 
 from kvbm_schemas.block import BlockHash
 from kvbm_schemas.records import RankRecord, SlabRecord
-from kvbm_schemas.step import LoadResult, StepCommands, StepResults
+from kvbm_schemas.step import LoadResult, Moved, StepCommands, StepResults
 from kvbm_schemas.subjects import Scope
 from kvbm_service.bench.row import Row
 from kvbm_service.leader_service import LeaderService
@@ -43,7 +43,7 @@ def rows() -> list[Row]:
             chain = [BlockHash(secrets.token_bytes(16)) for _ in range(BLOCKS)]
             known = dict.fromkeys(chain, 1)
             floors.append(_seconds(_floor, chain, known))
-            saves.append(_seconds(_save, leader, chain, device_blocks))
+            saves.append(_seconds(_save, leader, request, chain, device_blocks))
             leader.arrive(request, chain)
             matches.append(_seconds(leader.match, request, 0))
             loads.append(_seconds(_load, leader, request, device_blocks))
@@ -76,11 +76,13 @@ def _floor(chain: list[BlockHash], known: dict[BlockHash, int]) -> list[int]:
     return found
 
 
-def _save(leader: LeaderService, chain: list[BlockHash], device_blocks: list[int]) -> None:
-    leader.store(chain, device_blocks)
+def _save(
+    leader: LeaderService, request: str, chain: list[BlockHash], device_blocks: list[int]
+) -> None:
+    leader.store(request, 0, chain, device_blocks)
     commands = _across(leader.take_commands(), StepCommands)
-    results = StepResults(rank=0, saved=tuple(save.op for save in commands.saves))
-    leader.report([_across(results, StepResults)])
+    moved = tuple(Moved(op=save.op) for save in commands.saves)
+    leader.report([_across(StepResults(rank=0, moved=moved), StepResults)])
 
 
 def _load(leader: LeaderService, request: str, device_blocks: list[int]) -> None:

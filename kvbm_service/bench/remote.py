@@ -26,6 +26,7 @@ from kvbm_service.adapters.mover import RemoteSlab
 from kvbm_service.adapters.nixl_mover import NixlMover
 from kvbm_service.bench import transfers
 from kvbm_service.bench.row import Row
+from kvbm_service.core.reads import Hits
 from kvbm_service.demo.cluster import Cluster
 from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import over_nats
@@ -82,11 +83,13 @@ class _Node:
         self._leader = LeaderService(settings, _SCOPE, name, 1, over_nats(settings, name))
         self._leader.attach(self.record)
         self._leader.start()
-        self._worker = WorkerService(self.record, mover, _SCOPE, over_nats(settings, name))
+        self._worker = WorkerService(
+            self.record, mover, scope=_SCOPE, connect=over_nats(settings, name)
+        )
 
     def save(self, chain: list[BlockHash]) -> None:
         """Compute (nothing) and save a chain."""
-        self._leader.store(chain, list(range(len(chain))))
+        self._leader.store("", 0, chain, list(range(len(chain))))
         self._settle()
 
     def wait_until_readable(self) -> None:
@@ -107,7 +110,7 @@ class _Node:
         self._leader.load(request, 0, [device_block])
         self._settle()
         seconds = time.perf_counter() - began
-        assert self._leader.hits(request) == (0, 1)
+        assert self._leader.hits(request) == Hits(remote=1)
         self._leader.finish(request)
         return seconds
 
