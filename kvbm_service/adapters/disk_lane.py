@@ -22,13 +22,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import logging
 import mmap
 import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ BATCH_BYTES = 8 << 20
 LEAST_BATCH_BYTES = 1 << 20
 """A transfer is not split into batches smaller than this."""
 
-POLL_SECONDS = 0.000_05
+POLL_SECONDS = 0.000_02
 
 ANSWER_SECONDS = 30.0
 """A disk that takes longer is given up."""
@@ -101,8 +102,8 @@ class Batch:
         self.rows = rows
         self.slots = slots
         self.handle: Any = None
-        """NIXL's, until the batch is in place or its agent is destroyed."""
-        self.in_place = False
+        """NIXL's, from its start until it is in place or quiet."""
+        self.started = 0.0
         self.failed = False
 
     @property
@@ -136,8 +137,8 @@ class Lane:
         self._row_bytes = row_bytes
         self._tier = tier
         self._at_a_time = batches
-        self._parts = batches + 1
-        """One more: a batch is prepared, or looked at, while others are under way."""
+        self._parts = 2 * batches
+        """Disks may answer all at once: as many again are prepared, or wait to be looked at."""
         self._part_rows = max(1, min(batch_blocks, BATCH_BYTES // row_bytes))
         self._backend = backend
         self.slab = slab
@@ -167,20 +168,24 @@ class Lane:
         Raises:
             DiskLost: the disk is to be given up.
         """
+        batches = self._batches(slots, slab_rows)
+        ready: deque[Batch] = deque()
         under_way: deque[Batch] = deque()
+        ended: deque[Batch] = deque()
+        coming = next(batches, None)
         try:
-            for batch in self._batches(slots, slab_rows):
-                prepare(batch)
-                if len(under_way) < self._at_a_time:
-                    self._start(batch, under_way)
-                    continue
-                came_through = self._finish(under_way)
-                self._start(batch, under_way)  # before we turn to the bytes of the finished one
-                settle(under_way[0], came_through)
-                under_way.popleft()
-            while under_way:
-                settle(under_way[0], self._finish(under_way))
-                under_way.popleft()
+            while coming or ready or under_way or ended:
+                self._advance(ready, under_way, ended)
+                room = len(ready) + len(under_way) + len(ended) < self._parts
+                if coming and room and not (ready and ended):
+                    prepare(coming)
+                    ready.append(coming)
+                    coming = next(batches, None)
+                elif ended:
+                    settle(ended[0], self._outcome(ended[0]))
+                    ended.popleft()
+                else:
+                    self._pause(under_way[0])
         finally:
             if self._agent is None:  # the disk does not answer
                 self._give_up(under_way)
@@ -194,67 +199,79 @@ class Lane:
             self._tier.unpin(self._bounce.address)
 
     def _batches(self, slots: Indices, slab_rows: Indices | None) -> Iterator[Batch]:
-        spread = -(-len(slots) // self._at_a_time)
-        size = min(self._part_rows, max(spread, LEAST_BATCH_BYTES // self._row_bytes, 1))
-        for number, at in enumerate(range(0, len(slots), size)):
-            some = slice(at, min(at + size, len(slots)))
+        least = max(1, LEAST_BATCH_BYTES // self._row_bytes)
+        at = 0
+        for part in itertools.cycle(range(self._parts)):
+            left = len(slots) - at
+            if not left:
+                return
+            share = max(least, -(-left // self._at_a_time))
+            some = slice(at, at + min(left, self._part_rows, share))
+            at = some.stop
             if slab_rows is not None:
                 assert self.slab is not None
                 yield Batch(some, self.slab, slab_rows[some], slots[some])
             else:
-                first = number % self._parts * self._part_rows
-                rows = np.arange(first, first + some.stop - at, dtype=np.uint32)
+                first = part * self._part_rows
+                rows = np.arange(first, first + some.stop - some.start, dtype=np.uint32)
                 yield Batch(some, self._bounce, rows, slots[some])
 
     # -- one batch -----------------------------------------------------------------------------
 
-    def _start(self, batch: Batch, under_way: deque[Batch]) -> None:
-        under_way.append(batch)
+    def _advance(self, ready: deque[Batch], under_way: deque[Batch], ended: deque[Batch]) -> None:
+        """Take note of what has ended, and keep the disk busy: before any other work."""
+        while under_way and self._has_ended(under_way[0]):
+            if under_way[0].failed:
+                self._quiet(under_way)
+            ended.append(under_way.popleft())
+        while ready and len(under_way) < self._at_a_time:
+            under_way.append(ready.popleft())
+            self._start(under_way[-1])
+
+    def _start(self, batch: Batch) -> None:
         local = self._in_slab if batch.memory is self.slab else self._in_bounce
         batch.handle = self._agent.make_prepped_xfer(
             self._operation,
             local, batch.rows.astype(np.int32), self._in_file, batch.slots.astype(np.int32),
         )  # fmt: skip
+        batch.started = time.monotonic()
         try:
             batch.failed = self._agent.transfer(batch.handle) == "ERR"
         except NIXL_ERRORS:
             batch.failed = True
 
-    def _finish(self, under_way: Sequence[Batch]) -> Mask:
-        """Wait for the first of the batches; say which of its blocks came through."""
-        batch = under_way[0]
-        self._await(batch)
-        if batch.handle is not None:
-            self._quiet(under_way)
-        if batch.in_place:
-            self._failed_in_a_row = 0
-            return np.ones(len(batch.slots), np.bool_)
-        return self._by_hand(batch)
+    def _has_ended(self, batch: Batch) -> bool:
+        """Whether the batch is in place or has failed; a failed one keeps its handle."""
+        if batch.handle is None or batch.failed:
+            return True
+        try:
+            state = self._agent.check_xfer_state(batch.handle)
+        except NIXL_ERRORS:
+            state = "ERR"
+        if state == "DONE":
+            batch.handle.release()
+            batch.handle = None
+        batch.failed = state == "ERR"
+        return bool(state != "PROC")
 
-    def _await(self, batch: Batch) -> None:
-        """Wait until the batch is in place or has failed; a failed one keeps its handle.
+    def _pause(self, batch: Batch) -> None:
+        """Nothing can be done before this one ends.
 
         Raises:
-            DiskLost: it does not end.
+            DiskLost: it does not.
         """
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while batch.handle is not None and not batch.failed:
-            try:
-                state = self._agent.check_xfer_state(batch.handle)
-            except NIXL_ERRORS:
-                state = "ERR"
-            batch.failed = state == "ERR"
-            if state == "DONE":
-                batch.in_place = True
-                batch.handle.release()
-                batch.handle = None
-            if state != "PROC":
-                return
-            if time.monotonic() > deadline:
-                self._give_up(self._agent)
-                self._agent = None
-                raise DiskLost(f"the disk has not answered for {ANSWER_SECONDS:.0f} s")
-            time.sleep(POLL_SECONDS)
+        if time.monotonic() > batch.started + ANSWER_SECONDS:
+            self._give_up(self._agent)
+            self._agent = None
+            raise DiskLost(f"the disk has not answered for {ANSWER_SECONDS:.0f} s")
+        time.sleep(POLL_SECONDS)
+
+    def _outcome(self, batch: Batch) -> Mask:
+        """Which blocks of an ended batch came through."""
+        if batch.failed:
+            return self._by_hand(batch)
+        self._failed_in_a_row = 0
+        return np.ones(len(batch.slots), np.bool_)
 
     def _quiet(self, under_way: Iterable[Batch]) -> None:
         """Let all batches end; of those that failed, make sure that nothing more happens.
@@ -263,7 +280,8 @@ class Lane:
             DiskLost: one does not end.
         """
         for batch in under_way:
-            self._await(batch)
+            while not self._has_ended(batch):
+                self._pause(batch)
         failed = [batch for batch in under_way if batch.handle is not None]
         for batch in failed:
             batch.handle.release()
