@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvbm_service.cli import cluster, config, serve, show, watch
+from kvbm_service.cli import cluster, config, replay, serve, show, watch
 from kvbm_service.cli.options import Credentials, Namespace, NatsUrl
 
 _HELP = """A KV-block cache shared by LLM engines, over NATS.
@@ -39,6 +39,7 @@ _COMMANDS = (
     config.config,
     show.demo,
     show.bench,
+    replay.replay,
 )
 
 for command in _COMMANDS:

@@ -5,10 +5,11 @@ segments: stretches of a chain that requests have so far only used together. The
 Its leaves go first, and the last block of a segment before the others: a chain loses its tail
 before its head, and no block is kept whose head is gone.
 
-A segment is of a kind: how often was it used, and is its conversation alive (how many requests
-have gone on where the one before ended). What a kind is worth at which age, `ReuseOdds` learns
+A segment is of a kind: how often was it used, and how often has its conversation gone on where
+the request before ended? Both numbers say that it is alive; so they are added, and there are
+few kinds, of which much is soon known. What a kind is worth at which age, `ReuseOdds` learns
 while requests come. Segments whose blocks are all gone are remembered for a while: without
-them only from those could be learned that were used again in time.
+them it could be learned only from those that were used again in time.
 
 Of each kind the segment that was used longest ago is looked at, and the worst of these goes.
 So a use costs a look-up per segment, and a victim a look at a few kinds.
@@ -37,18 +38,12 @@ LEARN_REQUESTS = 256
 FADE_SEGMENTS = 32_768
 """After so many uses of segments, what was learned before counts half."""
 
-USES = 5
-"""Kinds by uses: 1, 2–3, 4–7, 8–15, more."""
-
-TURNS = 4
-"""Kinds by requests that went on where the one before ended: 0, 1, 2–3, more."""
-
 LAST = 0
 """The kind of a block at the end of the first request that had it: often it is not full yet,
 and has another name in the next request."""
 
-KINDS = 1 + USES * TURNS
-
+KINDS = 8
+"""The others by uses and turns, added up: 1, 2–3, 4–7, 8–15, 16–31, 32–63, more."""
 
 GONE = -1
 """Stands for the slot of a block that is in none."""
@@ -501,5 +496,4 @@ def _check(segment: _Segment, segments: Mapping[int, _Segment], hidden: Abstract
 
 
 def _kind(uses: int, turn: int) -> int:
-    use = min(uses.bit_length(), USES)
-    return 1 + (use - 1) * TURNS + min(turn.bit_length(), TURNS - 1)
+    return min((uses + turn).bit_length(), KINDS - 1)

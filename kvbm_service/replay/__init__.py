@@ -1,0 +1,1 @@
+"""Replays recorded requests through the core that runs in production, to compare policies."""
