@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from kvbm_service.adapters.homes import make_room, root_of
 from kvbm_service.errors import LayoutError
 
 _log = logging.getLogger(__name__)
@@ -95,12 +96,20 @@ def _make(path: Path, nbytes: int, zerofill_fallback: bool) -> None:
 
 
 def _check_room(directory: Path, nbytes: int) -> None:
+    """See that there is room; homes that nobody lives in, of other models say, make some."""
+
+    def free() -> int:
+        found = os.statvfs(directory)
+        if not found.f_blocks:
+            return nbytes  # a file system that cannot say
+        return found.f_bavail * found.f_frsize
+
     found = os.statvfs(directory)
-    free = found.f_bavail * found.f_frsize
-    if found.f_blocks and free < nbytes:  # some file systems cannot say
+    hopeless = 0 < found.f_blocks * found.f_frsize < nbytes
+    if hopeless or not make_room(root_of(directory), lambda: free() >= nbytes):
         raise LayoutError(
-            f"a disk tier of {nbytes} bytes per rank does not fit into the {free} bytes that are "
-            f"free in {directory}: set DYN_KVBM_DISK_CACHE_GB lower, "
+            f"a disk tier of {nbytes} bytes per rank does not fit into the {free()} bytes that "
+            f"are free in {directory}: set DYN_KVBM_DISK_CACHE_GB lower, "
             "or DYN_KVBM_DISK_CACHE_DIR to another disk"
         )
 

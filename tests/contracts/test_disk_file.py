@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters import disk_file, disk_lane
 from kvbm_service.adapters.disk import DiskLost
 from kvbm_service.adapters.disk_file import DiskFile
+from kvbm_service.adapters.homes import Home
 from kvbm_service.errors import LayoutError
 from tests.contracts.disk_rank import POOL, WHOLE, DiskRank, on_disk
 
@@ -152,6 +154,18 @@ def test_the_room_of_a_small_disk_is_checked_before_it_is_filled(mount: Mount) -
     with pytest.raises(LayoutError, match=r"index.*No space left"):
         DiskRank(where, WHOLE, slots=128)  # its file takes all there is
     assert [path.name for path in where.iterdir()] == ["rank-0.blocks"]
+
+
+def test_files_that_an_engine_of_another_model_left_make_room(mount: Mount) -> None:
+    where = mount("tmpfs", "-o", "size=2m")
+    left = Home.claim(where, Scope("default", "one-model"), "its life", "A_SETTING")
+    DiskFile(left.path / "blocks", MIB).close()
+    ours = Home.claim(where, Scope("default", "another"), "our life", "A_SETTING")
+    with pytest.raises(LayoutError, match="bytes that are free"):
+        DiskFile(ours.path / "blocks", MIB + MIB // 2)  # someone lives there
+    left.close()
+    DiskFile(ours.path / "blocks", MIB + MIB // 2).close()
+    assert not left.path.exists()
 
 
 def test_a_write_that_hits_a_limit_gives_the_disk_up_in_words(tmp_path: Path) -> None:
