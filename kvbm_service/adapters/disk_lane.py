@@ -1,17 +1,15 @@
 """One direction of traffic between memory and the disk tier's file.
 
 Blocks go in batches, several of them in flight; while they are, the neighbours' bytes are
-copied and summed. NIXL does the reading and writing, in one agent per lane, so that a read
-never queues behind writes.
+copied and summed. Each lane has an agent of its own, so that a read never queues behind writes.
 
 The memory of a batch is a part of the lane's own bounce buffer. A slot of the slab is only
 ever written from (`slab`), never read into: a read that the kernel still has when this
 process is killed must not land in memory that a next life of the engine uses.
 
-A transfer that is not DONE may still be going on. Linux's AIO, NIXL's first choice here, waits
-for what is in flight when its context is destroyed, so destroying the agent proves it quiet;
-with any other queue the buffer is given up along with the agent. A transfer that does not end
-at all gives up the disk: destroying its agent would hang just as long.
+When a transfer fails, its agent is destroyed before its memory is used again; where that does
+not prove the transfer quiet (disk_agent.py), the memory is given up along with it. A transfer
+that does not end at all gives up the disk: destroying its agent would hang just as long.
 
 NIXL does not say why a transfer failed. Each of its blocks is then tried once more with a plain
 read or write: that tells the reason, and spares the blocks that are fine.
@@ -19,33 +17,30 @@ read or write: that tells the reason, and spares the blocks that are fine.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import itertools
 import logging
-import mmap
 import os
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from nixl._api import nixl_agent, nixl_agent_config
 
+from kvbm_service.adapters.bounce import Bounce, Memory
 from kvbm_service.adapters.disk import DiskLost
+from kvbm_service.adapters.disk_agent import DiskAgent, FileTransfer, Operation
 from kvbm_service.adapters.disk_file import DiskFile
 from kvbm_service.adapters.host_tier import HostTier
 from kvbm_service.adapters.mover import Indices, Mask
-from kvbm_service.adapters.nixl_reader import NIXL_ERRORS, destroy
 from kvbm_service.errors import LayoutError
 
 _log = logging.getLogger(__name__)
 
-Operation = Literal["READ", "WRITE"]
+BOUNCE_BYTES = 256 << 20
+"""A lane's buffer is not larger, unless two blocks are."""
 
 BATCH_BYTES = 8 << 20
 """A batch is not larger, unless one block is."""
@@ -72,24 +67,8 @@ FATAL = frozenset(
 )  # fmt: skip
 """Errors that the next block will meet as well."""
 
-_POSIX_QUEUES = ("use_aio", "use_uring", "use_posix_aio")
-"""In the order in which they are tried."""
-
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-
 _given_up: list[object] = []
 """Agents and memory that something may still use: kept until the process ends."""
-
-
-class Memory(NamedTuple):
-    """Rows of memory that blocks are transferred from or to, `stride` apart."""
-
-    address: int
-    stride: int
-    rows: int
-
-    def addresses(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint64]:
-        return rows.astype(np.uint64) * np.uint64(self.stride) + np.uint64(self.address)
 
 
 class Batch:
@@ -101,10 +80,18 @@ class Batch:
         self.memory = memory
         self.rows = rows
         self.slots = slots
-        self.handle: Any = None
-        """NIXL's, from its start until it is in place or quiet."""
+        self.transfer: FileTransfer | None = None
+        """NIXL's, from the start on."""
         self.started = 0.0
-        self.failed = False
+
+    @property
+    def failed(self) -> bool:
+        return self.transfer is not None and self.transfer.state == "ERR"
+
+    @property
+    def loose(self) -> bool:
+        """Failed, and may still be going on."""
+        return self.failed and self.transfer is not None and self.transfer.handle is not None
 
     @property
     def addresses(self) -> npt.NDArray[np.uint64]:
@@ -136,22 +123,23 @@ class Lane:
         self._slots = slots
         self._row_bytes = row_bytes
         self._tier = tier
-        self._at_a_time = batches
-        self._parts = 2 * batches
+        rows = max(2, BOUNCE_BYTES // row_bytes)
+        self._at_a_time = min(batches, rows // 2)
+        self._parts = 2 * self._at_a_time
         """Disks may answer all at once: as many again are prepared, or wait to be looked at."""
-        self._part_rows = max(1, min(batch_blocks, BATCH_BYTES // row_bytes))
+        self._part_rows = max(1, min(batch_blocks, BATCH_BYTES // row_bytes, rows // self._parts))
         self._backend = backend
         self.slab = slab
         """Where blocks may also be written from."""
         self._failed_in_a_row = 0
         self._buffers_given_up = 0
         self._reason = ""
-        self._agent: Any = None
         self._logged = -LOG_SECONDS
         self.failures = 0
         """Blocks that could not be read or written."""
-        self._new_bounce()
-        self._connect()
+        self._bounce = self._new_bounce()
+        self._agent: DiskAgent | None = self._connect()
+        """None when the disk has been given up."""
 
     def transfer(
         self,
@@ -195,8 +183,8 @@ class Lane:
     def close(self) -> None:
         """Let go of NIXL and of the memory, unless the disk may still be at it."""
         if self._agent is not None:
-            self._disconnect()
-            self._tier.unpin(self._bounce.address)
+            self._agent.destroy()
+            self._tier.unpin(self._bounce.memory.address)
 
     def _batches(self, slots: Indices, slab_rows: Indices | None) -> Iterator[Batch]:
         least = max(1, LEAST_BATCH_BYTES // self._row_bytes)
@@ -214,14 +202,14 @@ class Lane:
             else:
                 first = part * self._part_rows
                 rows = np.arange(first, first + some.stop - some.start, dtype=np.uint32)
-                yield Batch(some, self._bounce, rows, slots[some])
+                yield Batch(some, self._bounce.memory, rows, slots[some])
 
     # -- one batch -----------------------------------------------------------------------------
 
     def _advance(self, ready: deque[Batch], under_way: deque[Batch], ended: deque[Batch]) -> None:
         """Take note of what has ended, and keep the disk busy: before any other work."""
         while under_way and self._has_ended(under_way[0]):
-            if under_way[0].failed:
+            if under_way[0].loose:
                 self._quiet(under_way)
             ended.append(under_way.popleft())
         while ready and len(under_way) < self._at_a_time:
@@ -229,30 +217,16 @@ class Lane:
             self._start(under_way[-1])
 
     def _start(self, batch: Batch) -> None:
-        local = self._in_slab if batch.memory is self.slab else self._in_bounce
-        batch.handle = self._agent.make_prepped_xfer(
-            self._operation,
-            local, batch.rows.astype(np.int32), self._in_file, batch.slots.astype(np.int32),
-        )  # fmt: skip
+        assert self._agent is not None
         batch.started = time.monotonic()
-        try:
-            batch.failed = self._agent.transfer(batch.handle) == "ERR"
-        except NIXL_ERRORS:
-            batch.failed = True
+        if self._operation == "READ":
+            batch.memory = self._bounce.memory  # it may have been replaced
+        batch.transfer = self._agent.start(self._operation, batch.memory, batch.rows, batch.slots)
 
     def _has_ended(self, batch: Batch) -> bool:
-        """Whether the batch is in place or has failed; a failed one keeps its handle."""
-        if batch.handle is None or batch.failed:
-            return True
-        try:
-            state = self._agent.check_xfer_state(batch.handle)
-        except NIXL_ERRORS:
-            state = "ERR"
-        if state == "DONE":
-            batch.handle.release()
-            batch.handle = None
-        batch.failed = state == "ERR"
-        return bool(state != "PROC")
+        assert self._agent is not None
+        assert batch.transfer is not None
+        return self._agent.poll(batch.transfer) != "PROC"
 
     def _pause(self, batch: Batch) -> None:
         """Nothing can be done before this one ends.
@@ -282,16 +256,16 @@ class Lane:
         for batch in under_way:
             while not self._has_ended(batch):
                 self._pause(batch)
-        failed = [batch for batch in under_way if batch.handle is not None]
-        for batch in failed:
-            batch.handle.release()
-            batch.handle._agent = None
-            batch.handle = None
-        if failed:
-            self._disconnect()
-            if not self._quiet_when_destroyed:
-                self._replace_bounce(failed)
-            self._connect()
+        loose = [batch for batch in under_way if batch.loose]
+        if loose and self._agent is not None:
+            agent, self._agent = self._agent, None
+            agent.destroy([batch.transfer for batch in loose if batch.transfer])
+            if not agent.quiet_when_destroyed and self._operation == "READ":
+                self._replace_bounce(loose)  # a stray write does no harm: its sum is wrong
+            try:
+                self._agent = self._connect()
+            except LayoutError as error:
+                raise DiskLost(str(error)) from error
 
     def _by_hand(self, batch: Batch) -> Mask:
         """Try each block of a failed batch once more, to learn why it fails.
@@ -331,81 +305,29 @@ class Lane:
             self._logged = time.monotonic()
             _log.warning("disk tier: %s; %d blocks so far", self._reason, self.failures)
 
-    # -- NIXL and memory -----------------------------------------------------------------------
+    # -- agents and memory ---------------------------------------------------------------------
 
-    def _connect(self) -> None:
-        queues = [{queue: "true"} for queue in _POSIX_QUEUES]
-        for parameters in queues if self._backend == "POSIX" else [{}]:
-            try:
-                self._agent = self._new_agent(parameters)
-                break
-            except NIXL_ERRORS as error:
-                reason = str(error)
-        else:
-            raise LayoutError(
-                f"NIXL's {self._backend} backend does not start ({reason}): "
-                "set KVBM_DISK_BACKEND=POSIX, and see that fs.aio-max-nr is not used up"
-            )
-        self._quiet_when_destroyed = "use_aio" in parameters
-        local, remote = "NIXL_INIT_AGENT", self._agent.name
-        rows = self._row_bytes
-        file = (0, rows, self._file.fd, rows, self._slots)
-        self._agent.register_memory([(0, self._file.nbytes, self._file.fd, "")], "FILE")
-        self._in_file = self._prepare(remote, file, "FILE")
-        self._in_bounce = self._prepare(local, self._register(self._bounce), "DRAM")
-        if self.slab is not None:
-            self._in_slab = self._prepare(local, self._register(self.slab), "DRAM")
-
-    def _new_agent(self, parameters: dict[str, str]) -> Any:
-        agent = nixl_agent(
-            f"kvbm-disk-{uuid.uuid4().hex}",
-            nixl_agent_config(enable_prog_thread=False, backends=[]),
+    def _connect(self) -> DiskAgent:
+        memories = [self._bounce.memory, *([self.slab] if self.slab else [])]
+        in_flight = self._parts * self._part_rows
+        return DiskAgent(
+            self._backend, self._file, self._slots, self._row_bytes, memories, in_flight
         )
-        under_way = str(self._parts * self._part_rows)
-        if parameters:
-            parameters = parameters | {"ios_pool_size": under_way, "kernel_queue_size": under_way}
-        agent.create_backend(self._backend, parameters)
-        self._prepared: list[Any] = []
-        return agent
 
-    def _register(self, memory: Memory) -> tuple[int, ...]:
-        length = (memory.rows - 1) * memory.stride + self._row_bytes
-        self._agent.register_memory([(memory.address, length, 0, "")], "DRAM")
-        return (memory.address, self._row_bytes, 0, memory.stride, memory.rows)
+    def _new_bounce(self) -> Bounce:
+        bounce = Bounce(self._parts * self._part_rows, self._row_bytes)
+        self._tier.pin(bounce.memory.address, bounce.nbytes)
+        return bounce
 
-    def _prepare(self, agent: str, row: tuple[int, ...], kind: str) -> Any:
-        handle = self._agent.prep_xfer_dlist(agent, np.array([row], np.uint64), kind)
-        self._prepared.append(handle)
-        return handle
-
-    def _disconnect(self) -> None:
-        for handle in self._prepared:
-            handle.release()
-            handle._agent = None
-        self._prepared.clear()
-        destroy(self._agent)
-        self._agent = None
-
-    def _new_bounce(self) -> None:
-        rows = self._parts * self._part_rows
-        self._memory = mmap.mmap(-1, rows * self._row_bytes, flags=_PRIVATE)
-        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
-            with contextlib.suppress(OSError):  # a kernel built without it
-                self._memory.madvise(advice)
-        address = np.frombuffer(self._memory, np.uint8).ctypes.data
-        self._bounce = Memory(address, self._row_bytes, rows)
-        self._tier.pin(address, rows * self._row_bytes)
-
-    def _replace_bounce(self, failed: list[Batch]) -> None:
+    def _replace_bounce(self, loose: list[Batch]) -> None:
         """Leave the buffer to transfers that may still be at it."""
         self._give_up()
         self._buffers_given_up += 1
         if self._buffers_given_up > MAX_GIVEN_UP:
             raise DiskLost(f"the disk failed {MAX_GIVEN_UP} times: {self._reason}")
-        self._new_bounce()
-        if self._operation == "READ":
-            for batch in failed:
-                batch.memory = self._bounce
+        self._bounce = self._new_bounce()
+        for batch in loose:
+            batch.memory = self._bounce.memory
 
     def _give_up(self, *kept: object) -> None:
-        _given_up.append((self._memory, *kept))
+        _given_up.append((self._bounce, *kept))

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kvbm_service.adapters.bounce import Memory
 from kvbm_service.adapters.checksums import (
     checksums,
     compile_loops,
@@ -31,9 +32,10 @@ from kvbm_service.adapters.checksums import (
     seeds,
 )
 from kvbm_service.adapters.disk import Contents, DiskLost
+from kvbm_service.adapters.disk_agent import Operation
 from kvbm_service.adapters.disk_file import ALIGNMENT, DiskFile
 from kvbm_service.adapters.disk_index import NOTHING, DiskIndex, names
-from kvbm_service.adapters.disk_lane import Batch, Lane, Memory, Operation
+from kvbm_service.adapters.disk_lane import Batch, Lane
 from kvbm_service.adapters.host_tier import HostTier
 from kvbm_service.adapters.mover import Blocks, Hop, Indices, Mask, Stamps
 from kvbm_service.errors import TransferError

@@ -60,10 +60,12 @@ SHAPES = (Shape("64k", 1, 512), Shape("1m", 16, 128), Shape("4m", 64, 32))
 
 def rows(shapes: tuple[Shape, ...] = SHAPES) -> list[Row]:
     """All of this file's figures: GB/s, and seconds for the restart."""
-    with tempfile.TemporaryDirectory(prefix="kvbm-bench-") as directory:
-        home = Path(directory)
-        found = [row for shape in shapes for row in moves(shape, home)]
-        return [*found, restart(home)]
+    found = []
+    for shape in shapes:
+        with tempfile.TemporaryDirectory(prefix="kvbm-bench-") as home:
+            found += moves(shape, Path(home))
+    with tempfile.TemporaryDirectory(prefix="kvbm-bench-") as home:
+        return [*found, restart(Path(home))]
 
 
 def moves(shape: Shape, home: Path) -> list[Row]:

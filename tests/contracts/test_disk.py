@@ -353,7 +353,15 @@ def test_a_backend_that_nixl_does_not_have_is_refused_by_name(tmp_path: Path) ->
 # -- a disk that fails -------------------------------------------------------------------------
 
 
-def test_where_the_file_ends_too_soon_the_blocks_before_are_still_read(rank: DiskRank) -> None:
+@pytest.mark.parametrize("queue", ["use_aio", "use_uring"])
+def test_where_the_file_ends_too_soon_the_blocks_before_are_still_read(
+    open_rank: Open, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbm_service.adapters.disk_agent._POSIX_QUEUES", (queue,))
+    monkeypatch.setattr("kvbm_service.adapters.disk_lane.MAX_GIVEN_UP", 20)
+    monkeypatch.setattr("kvbm_service.adapters.disk_lane.FAILED_BATCHES", 20)
+    monkeypatch.setattr("kvbm_service.adapters.disk_lane.LEAST_BATCH_BYTES", 1)
+    rank = open_rank(batch_blocks=3)
     rank.fill_pool(seed=1)
     everything = list(range(POOL))
     expected = rank.pool()
