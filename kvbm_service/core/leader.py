@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import NamedTuple
 
 from kvbm_schemas import step
@@ -25,7 +24,7 @@ from kvbm_service.core.columns import unpack_u32, unpack_u64
 from kvbm_service.core.effects import Announce, AskOwner, AskRegistry, Effect, GiveBack, Publish
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.lending import Lending, LendingLimits
-from kvbm_service.core.load_order import LoadOrder, Place
+from kvbm_service.core.load_order import LoadOrder
 from kvbm_service.core.moves import Move, Settled
 from kvbm_service.core.offload_filter import OffloadFilter
 from kvbm_service.core.orders import Orders
@@ -49,8 +48,6 @@ MAX_READERS = 65_536
 
 MAX_ACCOUNTS = 65_536
 """Facts that nobody has fetched. Beyond, the oldest are dropped."""
-
-LOAD_PATHS = {Tier.HOST: Path.HOST_TO_DEVICE, Tier.DISK: Path.DISK_TO_DEVICE}
 
 
 class Limits(NamedTuple):
@@ -569,7 +566,7 @@ class Leader:
 
     def _use_remote(self, reader: Reader, order: LoadOrder, now: float) -> None:
         """Blocks of other nodes get a copy here from the second time on that they are used."""
-        came = [place.block for place in order.places.values() if place.node]
+        came = [name for taken in order.taken if taken.node for name in taken.names]
         hot = self._hot.offer(came, now)
         reader.in_place.update(
             block for block, worth in zip(came, hot, strict=True) if not worth
@@ -632,14 +629,14 @@ class Leader:
         """Tell how the load went, and where its blocks came from."""
         arrived: Counter[tuple[str, Tier]] = Counter()
         by_path: dict[Path, list[int]] = {}
-        for block, place in load.order.places.items():
-            path = Path.REMOTE_TO_DEVICE if place.node else LOAD_PATHS[place.tier]
-            count = by_path.setdefault(path, [0, 0])
-            if block in load.failed:
-                count[1] += 1
-            else:
-                count[0] += 1
-                arrived[place.node or self._node, place.tier] += 1
+        for taken in load.order.taken:
+            bad = len(load.failed.intersection(taken.device_blocks))
+            good = len(taken.names) - bad
+            count = by_path.setdefault(taken.path, [0, 0])
+            count[0] += good
+            count[1] += bad
+            if good:
+                arrived[taken.node or self._node, taken.tier] += good
         for path, (good, bad) in by_path.items():
             self._transferred(path, good, bad, load.reason, load.seconds[path])
         self._effects.append(
@@ -670,17 +667,21 @@ class Leader:
     def _spill_used(self, load: LoadUnderWay, now: float) -> None:
         """Blocks used in the host tier have earned a place on disk."""
         used = [
-            place.block
-            for block, place in load.order.places.items()
-            if not place.node and place.tier is Tier.HOST and block not in load.failed
+            name
+            for taken in load.order.taken
+            if taken.path is Path.HOST_TO_DEVICE
+            for name in taken.arrived(load.failed)
         ]
         self._accounts.extend(self.spills.offer(used, now))
 
     def _blame(self, load: LoadUnderWay, now: float) -> None:
         """Own blocks that could not be read are forgotten; a node that failed is left alone."""
-        bad: list[Place] = [load.order.places[block] for block in load.failed]
-        for node in {place.node for place in bad if place.node}:
-            self.peers.shun(node, now)
-        own = sorted((place for place in bad if not place.node), key=lambda place: place.tier)
-        for tier, places in groupby(own, key=lambda place: place.tier):
-            self.tiers.drop(tier, [place.block for place in places])
+        lost: dict[Tier, list[BlockHash]] = {}
+        for taken in load.order.taken:
+            names = taken.lost(load.failed)
+            if names and taken.node:
+                self.peers.shun(taken.node, now)
+            elif names:
+                lost.setdefault(taken.tier, []).extend(names)
+        for tier, names in lost.items():
+            self.tiers.drop(tier, names)

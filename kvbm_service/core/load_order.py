@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from kvbm_schemas import step
 from kvbm_schemas.block import BlockHash, Tier, pack
+from kvbm_service.core.accounts import Path
 from kvbm_service.core.columns import pack_u32, pack_u64
 from kvbm_service.core.reads import Grant, Hits, Pinned, Plan, Reader
 from kvbm_service.core.tiers import Tiers
 
+PATHS = {Tier.HOST: Path.HOST_TO_DEVICE, Tier.DISK: Path.DISK_TO_DEVICE}
 
-class Place(NamedTuple):
-    """What a device block gets, and from where."""
 
-    block: BlockHash
+class Taken(NamedTuple):
+    """Consecutive blocks of a load that come from one place."""
+
     tier: Tier
     node: str
     """Empty: from here."""
+    names: Sequence[BlockHash]
+    device_blocks: Sequence[int]
+    """Where they go."""
+
+    @property
+    def path(self) -> Path:
+        """The way they go."""
+        return Path.REMOTE_TO_DEVICE if self.node else PATHS[self.tier]
+
+    def arrived(self, failed: AbstractSet[int]) -> list[BlockHash]:
+        """Those whose device block is not among `failed`."""
+        pairs = zip(self.names, self.device_blocks, strict=True)
+        return [name for name, block in pairs if block not in failed]
+
+    def lost(self, failed: AbstractSet[int]) -> list[BlockHash]:
+        """Those whose device block is among `failed`."""
+        pairs = zip(self.names, self.device_blocks, strict=True)
+        return [name for name, block in pairs if block in failed]
 
 
 class _Columns:
@@ -54,7 +75,8 @@ class LoadOrder:
         self._device_blocks = device_blocks
         self._tiers = tiers
         self.plan: Plan = reader.plan
-        self.places: dict[int, Place] = {}
+        self.taken: list[Taken] = []
+        """What comes from where, in chain order, once written out."""
 
     def command(self, op: int, request: str, now: float, transfer_seconds: float) -> step.Load:
         """Write the load out for the ranks."""
@@ -95,8 +117,7 @@ class LoadOrder:
             tier, node, fills = piece.tier, "", self._tiers.fills(piece)
         else:
             tier, node, fills = Tier.HOST, piece.node, piece.fills
-        for block, name in zip(blocks, names, strict=True):
-            self.places[block] = Place(name, tier, node)
+        self.taken.append(Taken(tier, node, names, blocks))
         to.hashes.extend(names)
         to.blocks.extend(blocks)
         to.slots.extend(piece.slots[start - piece.start : stop - piece.start])
@@ -105,9 +126,11 @@ class LoadOrder:
     @property
     def hits(self) -> Hits:
         """How many blocks come from where, once written out."""
-        here = [place.tier for place in self.places.values() if not place.node]
+        counts = dict.fromkeys(Path, 0)
+        for taken in self.taken:
+            counts[taken.path] += len(taken.names)
         return Hits(
-            host=here.count(Tier.HOST),
-            disk=here.count(Tier.DISK),
-            remote=len(self.places) - len(here),
+            host=counts[Path.HOST_TO_DEVICE],
+            disk=counts[Path.DISK_TO_DEVICE],
+            remote=counts[Path.REMOTE_TO_DEVICE],
         )
