@@ -31,6 +31,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from kvbm_service.adapters.contents import contents
 from kvbm_service.adapters.disk import Contents
 from kvbm_service.adapters.disk_file import allocate
 from kvbm_service.adapters.mover import Indices, Mask, Stamps
@@ -90,17 +91,7 @@ class DiskIndex:
 
     def contents(self) -> Contents:
         """The blocks named, oldest fill first; of those named twice, the newest."""
-        slots = np.flatnonzero(self._entries["fill"])
-        slots = slots[np.argsort(self._entries["fill"][slots], kind="stable")]
-        hashes = self._entries["hash"]
-        words = hashes[:, 0][slots], hashes[:, 1][slots]  # several times faster than rows
-        newest = _last_of_each(*words)
-        slots = slots[newest]
-        return Contents(
-            hashes=np.stack([word[newest] for word in words], axis=1),
-            fills=self._entries["fill"][slots],
-            slots=slots.astype(np.uint32),
-        )
+        return contents(self._entries["hash"], self._entries["fill"])
 
     def look(self, slots: Indices) -> Entries:
         """A copy of the entries of `slots`."""
@@ -221,17 +212,6 @@ def names(entries: Entries, hashes: Column, fills: Stamps) -> Mask:
     """True where an entry names exactly the block expected, with the fill stamp expected."""
     same = (entries["hash"] == hashes).all(axis=1)
     return np.asarray(same & (entries["fill"] == fills), np.bool_)
-
-
-def _last_of_each(first: Column, second: Column) -> Mask:
-    """Which names, of two words each, are not repeated by a later one."""
-    last = np.ones(len(first), np.bool_)
-    in_order = np.sort(first)
-    if (in_order[1:] == in_order[:-1]).any():  # rare, and sorting by both words is slow
-        order = np.lexsort((second, first))  # equal ones stay in their order
-        same = (first[order][1:] == first[order][:-1]) & (second[order][1:] == second[order][:-1])
-        last[order[:-1][same]] = False
-    return last
 
 
 @functools.cache
