@@ -494,14 +494,20 @@ class Leader:
         reader.segments, reader.stage = segments, Stage.LOCATED
 
     def _make_plan(self, request: str, reader: Reader, computed: int, now: float) -> int | None:
-        absent = self._ask_registry_if_needed(request, reader, computed, now)
-        if absent is None:
-            return None
-        reader.plan = plan = Plan(computed, deadline=now + self._limits.lease_seconds / 2)
-        reader.stage = Stage.READY
-        if absent and reader.segments:
-            self._choose_owners(reader, plan, absent, now)
-        self._pin_own(reader.chain, plan)
+        plan = Plan(computed, deadline=now + self._limits.lease_seconds / 2)
+        gap = self._pin_own(reader.chain, plan, computed)
+        if gap < len(reader.chain):
+            absent = self._ask_registry_if_needed(request, reader, gap, now)
+            if absent is None:
+                self._let_go(plan)
+                return None
+            if absent and reader.segments:
+                self._choose_owners(reader, plan, absent, now)
+        for part in plan.parts:
+            if part.start != gap:
+                break
+            gap = self._pin_own(reader.chain, plan, part.end)
+        reader.plan, reader.stage = plan, Stage.READY
         if plan.parts:
             self._ask_owners(request, reader, plan, now)
         return None if reader.stage is Stage.LEASING else plan.end - computed
@@ -518,18 +524,11 @@ class Leader:
             for _ in range(stop - start - 1):
                 next(gaps, None)
 
-    def _pin_own(self, chain: Sequence[BlockHash], plan: Plan) -> None:
-        """Pin what is here, up to the first gap that nobody is asked to fill."""
-        at = plan.start
-        filled = iter(plan.parts)
-        while True:
-            pinned = self.tiers.pin_runs(chain, at)
-            plan.pinned.extend(pinned)
-            at = pinned[-1].end if pinned else at
-            part = next(filled, None)
-            if part is None or part.start != at:
-                return
-            at = part.end
+    def _pin_own(self, chain: Sequence[BlockHash], plan: Plan, start: int) -> int:
+        """Pin what is here of `chain[start:]`, up to the first gap. Returns where that is."""
+        pinned = self.tiers.pin_runs(chain, start)
+        plan.pinned.extend(pinned)
+        return pinned[-1].end if pinned else start
 
     def _ask_owners(self, request: str, reader: Reader, plan: Plan, now: float) -> None:
         staging = self._limits.staging_seconds if any(p.on_disk for p in plan.parts) else 0.0

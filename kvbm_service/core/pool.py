@@ -88,6 +88,16 @@ class Pool:
             end += 1
         return end
 
+    def match_without(self, chain: Sequence[BlockHash], start: int, other: Pool) -> int:
+        """The end of the run that begins at `start`, of blocks readable here and not in `other`."""
+        here, there = self._ready, other._ready
+        end = start
+        for block in islice(chain, start, None):
+            if block not in here or block in there:
+                break
+            end += 1
+        return end
+
     def absent(self, chain: Sequence[BlockHash], indices: Iterable[int]) -> list[int]:
         """Those of `indices` whose block of the chain cannot be read."""
         ready = self._ready

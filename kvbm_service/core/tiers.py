@@ -7,7 +7,6 @@ The disk tier may be absent, or be given up when the disk fails.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 from kvbm_schemas.block import BlockHash, Tier, unpack
@@ -73,7 +72,7 @@ class Tiers:
         while start < len(chain):
             tier, slots = Tier.HOST, self.host.pin_run(chain, start)
             if not slots and self.disk is not None:
-                end = self._disk_end(chain, start)
+                end = self.disk.match_without(chain, start, self.host)
                 tier, slots = Tier.DISK, self.disk.pin(chain[start:end])
             if not slots:
                 break
@@ -91,20 +90,9 @@ class Tiers:
         end = self.host.match(chain, start)
         if end > start:
             return Run(Tier.HOST, start, end)
-        end = self._disk_end(chain, start)
+        if self.disk is not None:
+            end = self.disk.match_without(chain, start, self.host)
         return Run(Tier.DISK, start, end) if end > start else None
-
-    def _disk_end(self, chain: Sequence[BlockHash], start: int) -> int:
-        """Where the run from `start` on ends that only the disk has."""
-        if self.disk is None:
-            return start
-        on_disk, in_host = self.disk.readable, self.host.readable
-        end = start
-        for block in islice(chain, start, None):
-            if not on_disk(block) or in_host(block):
-                break
-            end += 1
-        return end
 
     def status(self) -> tuple[TierStatus, ...]:
         """How full each tier is."""

@@ -64,13 +64,16 @@ def _spill_without_pinning(patch: Patch) -> None:
 
 
 def _read_the_disk_without_pinning(patch: Patch) -> None:
-    right = leader.Leader._pin_own
+    right = tiers.Tiers.pin_runs
 
-    def pin_own(self: leader.Leader, chain: Sequence[BlockHash], plan: reads.Plan) -> None:
-        right(self, chain, plan)
-        for pinned in plan.pinned:
-            if pinned.tier is Tier.DISK:
-                self.tiers.unpin(Tier.DISK, pinned.slots)
+    def pin_runs(
+        self: tiers.Tiers, chain: Sequence[BlockHash], start: int
+    ) -> list[reads.Pinned]:
+        pinned = right(self, chain, start)
+        for piece in pinned:
+            if piece.tier is Tier.DISK:
+                self.unpin(Tier.DISK, piece.slots)
+        return pinned
 
     def let_go(self: leader.Leader, plan: reads.Plan) -> None:
         for pinned in plan.pinned:
@@ -78,7 +81,7 @@ def _read_the_disk_without_pinning(patch: Patch) -> None:
                 self.tiers.unpin(Tier.HOST, pinned.slots)
         self._effects.extend(GiveBack(grant.node, grant.lease) for grant in plan.grants)
 
-    patch.setattr(leader.Leader, "_pin_own", pin_own)
+    patch.setattr(tiers.Tiers, "pin_runs", pin_runs)
     patch.setattr(leader.Leader, "_let_go", let_go)
 
 
