@@ -1,93 +1,181 @@
-"""A leader under any sequence of inputs, against dictionaries that remember what was said."""
+"""A leader under any sequence of inputs, against a model that remembers what was said and done."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from kvbm_schemas import step
-from kvbm_schemas.block import BlockHash, pack, unpack
-from kvbm_schemas.events import Cleared, Removed, Stored
-from kvbm_schemas.requests import Leased, Refused
+from kvbm_schemas.block import BlockHash, Tier, pack, unpack
+from kvbm_schemas.events import BlockEvent, Cleared, Removed, Stored
+from kvbm_schemas.requests import LeaseAnswer, Leased, Refused
 from kvbm_service.core.columns import pack_u32, unpack_u32
-from kvbm_service.core.effects import AskOwner, AskRegistry, GiveBack, Publish
+from kvbm_service.core.effects import (
+    Answer,
+    AskOwner,
+    AskRegistry,
+    Effect,
+    GiveBack,
+    Publish,
+    TellRanks,
+)
 from kvbm_service.core.lending import LEASABLE_SHARE
+from kvbm_service.core.spills import SpillLimits
 from tests.core.builders import LEASE_SECONDS, LOOKUP_SECONDS, Rig, chain, leased, located
+from tests.properties.rank_model import Doing, Label, Order, RankModel, Spot, survivors
 
-SLOTS = 6
+HOST_SLOTS = 4
+DISK_SLOTS = 9
 WORLD_SIZE = 2
 HELD_BLOCKS = 5
+STAGING_SECONDS = 0.1
+LAST_FILL = 40
+"""The greatest stamp of the life before."""
 REQUESTS = ("r0", "r1", "r2")
+
 
 def chain_of(family: str, length: int) -> list[BlockHash]:
     """The head of one of a few endless prompts."""
-    return chain("abcdef" if family == "a" else "abxyzw")[:length]
+    return chain("abcdefgh" if family == "a" else "abxyzwuv")[:length]
 
 
-chains = st.builds(chain_of, st.sampled_from("ab"), st.integers(1, 6))
-
-
+chains = st.builds(chain_of, st.sampled_from("ab"), st.integers(1, 8))
 rarely = st.sampled_from([False, False, False, True])
+names = st.lists(st.sampled_from("abcdxy"), unique=True, max_size=4)
 
 
 class LeaderMachine(RuleBasedStateMachine):
-    """Model: the blocks told of, the leases we were given, the device blocks we had to hold."""
+    """Model: the copies told of, the leases given to us, the device blocks we had to hold, and
+    what is in which slot."""
+
+    disk_slots: ClassVar[int] = 0
+    limits: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         super().__init__()
-        self.rig = Rig(SLOTS, WORLD_SIZE, held_blocks=HELD_BLOCKS)
+        self.rig = Rig(
+            HOST_SLOTS, WORLD_SIZE, held_blocks=HELD_BLOCKS, disk=self.disk_slots,
+            staging_seconds=STAGING_SECONDS, spill=SpillLimits(batch_blocks=2, batches=2),
+            prefetch_share=0.5, **self.limits,
+        )  # fmt: skip
         self.leader = self.rig.leader
         self.rig.meet("b")
         self.rig.meet("c")
         self.now = 0.0
-        self.told: set[BlockHash] = set()
+        self.told: set[tuple[BlockHash, Tier]] = set()
         self.last_seq = 0
         self.owed: set[str] = set()
         """Leases that were given to us and not given back."""
         self.questions: list[AskRegistry | AskOwner] = []
+        self.by_bus: dict[int, step.Fetch] = {}
+        """Fetches of which some rank has not answered on the bus."""
+        self.unheard: set[int] = set()
+        """Those of them that have to wait for a step."""
+        self.asking: dict[str, list[BlockHash]] = {}
+        """Who waits for our disk, and what for."""
+        self.asked_at: dict[str, float] = {}
         self.chains: dict[str, list[BlockHash]] = {}
         self.waiting_since: dict[str, float] = {}
-        self.saves: list[tuple[step.Save, set[int]]] = []
-        """Each with the ranks that have not reported."""
-        self.failed: set[int] = set()
-        self.proven: set[BlockHash] = set()
-        """Blocks that all ranks have confirmed, at least once."""
-        self.loads: list[tuple[step.Load, set[int], dict[int, BlockHash]]] = []
+        self.ranks = RankModel(WORLD_SIZE, first_op=LAST_FILL + 2)
         self.held: Counter[int] = Counter()
         self.tokens: list[str] = []
         self.numbers = 0
+        self.disk_works = self.disk_slots > 0
 
     def number(self) -> int:
         self.numbers += 1
         return self.numbers
 
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        return (Tier.HOST, Tier.DISK) if self.disk_works else (Tier.HOST,)
+
+    @initialize(data=st.data())
+    def a_life_begins(self, data: st.DataObject) -> None:
+        """Each rank has found something; what all have alike is taken over."""
+        for tier in self.tiers:
+            labels = {
+                Spot(tier, slot): Label(chain(name)[0], LAST_FILL - slot)
+                for slot, name in enumerate(data.draw(names))
+            }
+            lacking: set[Spot] = set()
+            found = []
+            for rank in range(WORLD_SIZE):
+                missing = data.draw(st.sets(st.sampled_from(sorted(labels)))) if labels else set()
+                lacking |= missing
+                own = {spot: label for spot, label in labels.items() if spot not in missing}
+                own[Spot(tier, len(labels))] = Label(chain("mn"[rank])[0], LAST_FILL + 1)
+                found.append(survivors(tier, own))
+            common = {spot: label for spot, label in labels.items() if spot not in lacking}
+            assert self.leader.adopt(found) == len(common)
+            self.ranks.holds.update(common)
+        self.take_effects()
+
+    # -- what comes out --------------------------------------------------------------------
+
     def take_effects(self) -> None:
         for effect in self.leader.take_effects():
-            match effect:
-                case Publish(event):
-                    assert event.seq == self.last_seq + 1
-                    self.last_seq = event.seq
-                    match event:
-                        case Stored():
-                            assert self.told.isdisjoint(unpack(event.hashes))
-                            assert self.proven.issuperset(unpack(event.hashes))
-                            self.told.update(unpack(event.hashes))
-                        case Removed():
-                            assert self.told.issuperset(unpack(event.hashes))
-                            self.told.difference_update(unpack(event.hashes))
-                        case Cleared():
-                            self.told.clear()
-                case GiveBack(_, lease):
-                    self.owed.remove(lease)  # once, and only what was given
-                case AskRegistry() | AskOwner():
-                    self.questions.append(effect)
-        saving = {block for save, _ in self.saves for block in unpack_u32(save.blocks)}
+            self.carry_out(effect)
+        saving = {
+            block
+            for doing in self.ranks.doing.values()
+            if isinstance(doing.command, step.Save)
+            for block in doing.device
+        }
         for device_block in self.leader.take_freed_blocks():
             assert self.held[device_block] > 0
             assert device_block not in saving
             self.held[device_block] -= 1
+
+    def carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Publish(event):
+                self.check_event(event)
+            case GiveBack(_, lease):
+                self.owed.remove(lease)  # once, and only what was given
+            case AskRegistry() | AskOwner():
+                self.questions.append(effect)
+            case TellRanks(fetch, seconds):
+                assert seconds > 0
+                self.by_bus[fetch.op] = fetch
+                self.ranks.told(fetch)
+            case Answer(token, answer):
+                del self.asked_at[token]
+                self.check_lease(token, self.asking.pop(token), answer)
+
+    def check_event(self, event: BlockEvent) -> None:
+        assert event.seq == self.last_seq + 1
+        self.last_seq = event.seq
+        match event:
+            case Stored(tier=tier, hashes=hashes):
+                blocks = unpack(hashes)
+                assert all(self.ranks.held(block, tier) for block in blocks)
+                assert self.told.isdisjoint((block, tier) for block in blocks)
+                self.told.update((block, tier) for block in blocks)
+            case Removed(tier=tier, hashes=hashes):
+                gone = {(block, tier) for block in unpack(hashes)}
+                assert gone <= self.told
+                self.told -= gone
+            case Cleared():
+                self.told.clear()
+
+    def check_lease(self, token: str, wanted: list[BlockHash], answer: LeaseAnswer) -> None:
+        if isinstance(answer, Leased):
+            assert answer.lease == token
+            head = pack(wanted[: len(unpack_u32(answer.slots))])
+            spots = self.ranks.proven(Tier.HOST, answer.slots, head, answer.fills)
+            self.ranks.leased[token] = self.now + LEASE_SECONDS, spots
+            self.tokens.append(token)
 
     # -- the engine ------------------------------------------------------------------------
 
@@ -110,23 +198,22 @@ class LeaderMachine(RuleBasedStateMachine):
         found = self.leader.match(request, computed, self.now)
         if found is None:
             since = self.waiting_since.setdefault(request, self.now)
-            assert self.now - since < 2 * LOOKUP_SECONDS
+            assert self.now - since < 2 * LOOKUP_SECONDS + STAGING_SECONDS
             return
         self.waiting_since.pop(request, None)
         assert 0 <= found <= len(wanted) - computed
         assert self.leader.match(request, computed, self.now) == found
         if not take:
             return
-        size = data.draw(st.integers(0, found))
+        size = data.draw(st.just(found) | st.integers(0, found))
         device_blocks = [100 + self.number() for _ in range(size)]
         self.leader.load(request, computed, device_blocks, self.now)
         if size:
             self.expect_load(device_blocks, wanted[computed : computed + size])
 
-    def expect_load(self, device_blocks: list[int], names: list[BlockHash]) -> None:
-        """The command names each block once, with its name; own ones are readable."""
-        commands = self.take_commands()
-        (load,) = commands.loads
+    def expect_load(self, device_blocks: list[int], wanted: list[BlockHash]) -> None:
+        """The command names each block once, with its name."""
+        (load,) = self.take_commands().loads
         reads: list[step.LocalRead | step.RemoteRead] = [*load.remote]
         reads += [read for read in (load.local, load.disk) if read is not None]
         gets = {
@@ -134,91 +221,146 @@ class LeaderMachine(RuleBasedStateMachine):
             for read in reads
             for block, name in zip(unpack_u32(read.blocks), unpack(read.hashes), strict=True)
         }
-        assert gets == dict(zip(device_blocks, names, strict=True))
+        assert gets == dict(zip(device_blocks, wanted, strict=True))
         assert sum(len(unpack(read.hashes)) for read in reads) == len(gets)
         assert all(0 < read.seconds <= LEASE_SECONDS for read in load.remote)
-        own = {} if load.local is None else dict.fromkeys(unpack(load.local.hashes))
-        assert set(own) <= self.told
-        self.loads.append((load, set(range(WORLD_SIZE)), gets))
 
-    @rule(wanted=chains)
-    def store(self, wanted: list[BlockHash]) -> None:
+    @rule(wanted=chains, request=st.sampled_from(["", *REQUESTS]), depth=st.integers(0, 3))
+    def store(self, wanted: list[BlockHash], request: str = "", depth: int = 0) -> None:
         device_blocks = [1000 + self.number() for _ in wanted]
-        dealt_with, held = self.leader.store(wanted, device_blocks)
+        dealt_with, held = self.leader.store(
+            wanted, device_blocks, request=request, depth=depth
+        )
         assert 0 <= dealt_with <= len(wanted)
         assert set(held) <= set(device_blocks)
         self.held.update(held)
         assert self.held.total() <= HELD_BLOCKS
-        assert all(block in self.leader.tiers.host for block in wanted[:dealt_with])
+        if self.leader.tiers.has(self.save_to) and not request:
+            pool = self.leader.tiers.pool(self.save_to)
+            assert all(block in pool for block in wanted[:dealt_with])
+
+    @property
+    def save_to(self) -> Tier:
+        return Tier.DISK if self.limits.get("disk_only") else Tier.HOST
 
     @rule()
     def a_step_begins(self) -> None:
         self.take_commands()
 
     def take_commands(self) -> step.StepCommands:
-        commands = self.leader.take_commands(0.0)
+        commands = self.leader.take_commands(self.now)
+        self.take_effects()
         for save in commands.saves:
+            assert save.tier is self.save_to
             assert all(self.held[block] for block in unpack_u32(save.blocks))
-            self.saves.append((save, set(range(WORLD_SIZE))))
+        for fetch in commands.fetches:
+            if fetch.op not in self.unheard:
+                self.ranks.told(fetch)
+        self.unheard.difference_update(fetch.op for fetch in commands.fetches)
+        orders: list[Order] = [*commands.saves, *commands.spills, *commands.remote_fetches]
+        for order in (*orders, *commands.loads):
+            self.ranks.told(order)
         return commands
 
     @rule(really=rarely)
     def reset(self, really: bool) -> None:
         if really:
             self.leader.reset()
+            assert self.take_commands().forget
 
     @rule(wanted=chains)
     def save_at_once(self, wanted: list[BlockHash]) -> None:
         """All goes well from end to end."""
         self.store(wanted)
         self.take_commands()
-        while self.saves:
-            self.confirm(0, next(iter(self.saves[0][1])), good=True)
+        self.finish_all(step.Save)
+
+    @rule()
+    def all_goes_well(self) -> None:
+        """What is under way gets done."""
+        self.take_commands()
+        self.finish_all(step.Save | step.Spill | step.Fetch | step.RemoteFetch | step.Load)
+
+    def finish_all(self, kind: Any) -> None:
+        for op, doing in list(self.ranks.doing.items()):
+            if isinstance(doing.command, kind) and op not in self.unheard:
+                for rank in sorted(doing.waiting):
+                    self.report(op, rank, ())
 
     @rule(request=st.sampled_from(REQUESTS), data=st.data(), wanted=chains)
     def read_at_once(self, request: str, data: st.DataObject, wanted: list[BlockHash]) -> None:
         """A request goes all the way, as far as the others' answers let it."""
         self.arrive(request, wanted)
         for _ in range(2):
-            self.take_effects()
-            for question in reversed(self.questions.copy()):
-                if question.request == request:
-                    self.questions.remove(question)
-                    self.answer_question(question, "good", data)
+            self.answer_all(request, data)
             self.match_and_load(request, data, take=True)
+
+    @rule(request=st.sampled_from(REQUESTS), data=st.data(), wanted=chains)
+    def wait(self, request: str, data: st.DataObject, wanted: list[BlockHash]) -> None:
+        """A request comes and has to wait, so that its blocks are brought up."""
+        self.arrive(request, wanted)
+        self.answer_all(request, data)
+        self.take_commands()
+        self.answer_all(request, data)
+
+    def answer_all(self, request: str, data: st.DataObject) -> None:
+        self.take_effects()
+        for question in reversed(self.questions.copy()):
+            if question.request == request:
+                self.questions.remove(question)
+                self.answer_question(question, "good", data)
 
     # -- the ranks -------------------------------------------------------------------------
 
-    @precondition(lambda self: self.saves)
+    @precondition(lambda self: self.reporting)
     @rule(data=st.data(), good=st.booleans())
-    def rank_has_saved(self, data: st.DataObject, good: bool) -> None:
-        index = data.draw(st.integers(0, len(self.saves) - 1))
-        self.confirm(index, data.draw(st.sampled_from(sorted(self.saves[index][1]))), good)
+    def rank_is_through(self, data: st.DataObject, good: bool) -> None:
+        op = data.draw(st.sampled_from(self.reporting))
+        doing = self.ranks.doing[op]
+        rank = data.draw(st.sampled_from(sorted(doing.waiting)))
+        numbers = self.numbers_of(doing)
+        self.report(op, rank, () if good else data.draw(st.sets(st.sampled_from(numbers))))
 
-    def confirm(self, index: int, rank: int, good: bool) -> None:
-        save, ranks = self.saves[index]
-        ranks.remove(rank)
-        if not good:
-            self.failed.add(save.op)
-        if not ranks:
-            del self.saves[index]
-            if save.op not in self.failed:
-                self.proven.update(unpack(save.hashes))
-        self.rig.saved(save.op, rank, good)
+    @property
+    def reporting(self) -> list[int]:
+        """Ops that ranks may come to the end of."""
+        return [op for op in self.ranks.doing if op not in self.unheard]
+
+    def numbers_of(self, doing: Doing) -> list[int]:
+        """What may fail: device blocks of a load, positions of a move."""
+        return list(doing.device) if isinstance(doing.command, step.Load) else doing.positions
+
+    def report(self, op: int, rank: int, failed: Iterable[int]) -> None:
+        """A rank tells of its end, by the way that it was told."""
+        command = self.ranks.doing[op].command
+        self.ranks.reported(op, rank, failed)
+        column = pack_u32(sorted(failed))
+        if isinstance(command, step.Load):
+            result = step.LoadResult(op=op, request=command.request, failed_blocks=column)
+            self.leader.report(step.StepResults(rank=rank, loads=(result,)), self.now)
+        elif op in self.by_bus:
+            self.leader.moved(step.Moved(op=op, failed=column), rank, self.now)
+            if op not in self.ranks.doing:
+                del self.by_bus[op]
+        else:
+            moved = step.Moved(op=op, failed=column)
+            self.leader.report(step.StepResults(rank=rank, moved=(moved, moved)), self.now)
         self.take_effects()
 
-    @precondition(lambda self: self.loads)
-    @rule(data=st.data(), good=st.booleans())
-    def rank_has_loaded(self, data: st.DataObject, good: bool) -> None:
-        index = data.draw(st.integers(0, len(self.loads) - 1))
-        load, ranks, gets = self.loads[index]
-        rank = data.draw(st.sampled_from(sorted(ranks)))
-        failed = () if good else tuple(data.draw(st.sets(st.sampled_from(sorted(gets)))))
-        ranks.remove(rank)
-        if not ranks:
-            del self.loads[index]
-        result = step.LoadResult(op=load.op, request=load.request, failed_blocks=pack_u32(failed))
-        self.leader.report(step.StepResults(rank=rank, loads=(result,)), self.now)
+    @precondition(lambda self: self.by_bus)
+    @rule(data=st.data())
+    def some_rank_is_not_heard(self, data: st.DataObject) -> None:
+        op = data.draw(st.sampled_from(sorted(self.by_bus)))
+        self.leader.unheard(self.by_bus.pop(op))
+        self.unheard.add(op)
+
+    @precondition(lambda self: self.disk_works)
+    @rule(rank=st.integers(0, WORLD_SIZE - 1), really=rarely, quite=rarely)
+    def disk_is_lost(self, rank: int, really: bool, quite: bool) -> None:
+        if really and quite:
+            self.leader.report(step.StepResults(rank=rank, disk_lost="I/O error"), self.now)
+            self.disk_works = False
+            self.ranks.lost.add(Tier.DISK)
 
     # -- the bus ---------------------------------------------------------------------------
 
@@ -234,11 +376,13 @@ class LeaderMachine(RuleBasedStateMachine):
         asked = len(unpack(question.hashes))
         if isinstance(question, AskRegistry):
             first = data.draw(st.integers(1, asked))
-            places = located(("b", first), ("c", data.draw(st.integers(0, 3))))
+            tier = data.draw(st.sampled_from([Tier.HOST, Tier.DISK]))
+            places = located(("b", first), ("c", data.draw(st.integers(0, 3))), tier=tier)
             self.leader.located(
                 question.request, question.attempt, places if kind == "good" else None, self.now
             )
             return
+        assert question.seconds > 0
         grant = leased(
             question.node,
             data.draw(st.just(asked) | st.integers(0, asked + 1)),
@@ -257,20 +401,26 @@ class LeaderMachine(RuleBasedStateMachine):
             answers[kind], self.now, self.now,
         )  # fmt: skip
 
-    @rule(wanted=chains)
-    def acquire(self, wanted: list[BlockHash]) -> None:
+    @rule(wanted=chains, forged=rarely)
+    def acquire(self, wanted: list[BlockHash], forged: bool) -> None:
+        wanted = wanted + wanted[::-1] if forged else wanted
         token = f"token-number-{self.number():08}"
         pinned = self.leader.tiers.host.pinned
         answer = self.leader.acquire(pack(wanted), token, self.now)
-        if isinstance(answer, Leased):
-            self.tokens.append(token)
-            assert self.told.issuperset(wanted[: len(unpack_u32(answer.slots))])
-            assert self.leader.tiers.host.pinned <= max(pinned, int(SLOTS * LEASABLE_SHARE))
+        if answer is None:
+            self.asking[token] = wanted
+            self.asked_at[token] = self.now
+        else:
+            self.check_lease(token, wanted, answer)
+            most = max(pinned, int(HOST_SLOTS * LEASABLE_SHARE))
+            assert self.leader.tiers.host.pinned <= most
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        self.leader.release(data.draw(st.sampled_from(self.tokens)))
+        token = data.draw(st.sampled_from(self.tokens))
+        self.ranks.leased.pop(token, None)
+        self.leader.release(token)
 
     @rule(offline=rarely)
     def bus_comes_or_goes(self, offline: bool) -> None:
@@ -282,10 +432,15 @@ class LeaderMachine(RuleBasedStateMachine):
         if not gone:
             self.rig.meet(node)
 
-    @rule(seconds=st.sampled_from([0.005, LOOKUP_SECONDS, 1.0, LEASE_SECONDS]))
+    @rule(
+        seconds=st.sampled_from([0.005, LOOKUP_SECONDS, STAGING_SECONDS, 1.0, LEASE_SECONDS])
+    )
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.leader.tick(self.now)
+        self.ranks.expire(self.now)
+        self.take_effects()
+        assert not any(since + STAGING_SECONDS <= self.now for since in self.asked_at.values())
 
     # -- always ----------------------------------------------------------------------------
 
@@ -293,30 +448,73 @@ class LeaderMachine(RuleBasedStateMachine):
     def it_agrees_with_what_was_said(self) -> None:
         self.leader.check_integrity()
         self.take_effects()
-        beat, ((_, blocks),) = self.leader.snapshot()
+        beat, tiers = self.leader.snapshot()
         assert beat.seq == self.last_seq
-        assert set(blocks) == self.told
-        assert len(blocks) == len(self.told)
+        assert [tier for tier, _ in tiers] == list(self.tiers)
+        copies = [(block, tier) for tier, blocks in tiers for block in blocks]
+        assert set(copies) == self.told
+        assert len(copies) == len(self.told)
+        assert 0 <= self.leader.prefetch._brought <= HOST_SLOTS // 2
+        assert self.leader.busy or self.ranks.doing.keys() <= self.by_bus.keys()
+
+    @invariant()
+    def what_it_has_is_there(self) -> None:
+        for tier, pool in self.leader.tiers._pools:
+            for block, slot in pool._ready.items():
+                label = Label(block, pool._fills[slot])
+                assert self.ranks.holds.get(Spot(tier, slot)) == label
+                assert (Spot(tier, slot), label) not in self.ranks.unreadable
 
     def teardown(self) -> None:
         """Whatever has happened: when everyone is done, nothing is left."""
         for request in list(self.chains):
             self.finish(request)
-        self.take_commands()
-        while self.saves:
-            self.confirm(0, next(iter(self.saves[0][1])), good=True)
-        for load, ranks, _ in self.loads:
-            for rank in ranks:
-                self.rig.loaded(load, rank, now=self.now)
-        self.leader.tick(self.now + LEASE_SECONDS)
-        self.it_agrees_with_what_was_said()
+        for question in self.questions:
+            if isinstance(question, AskOwner):
+                self.leader.answered(
+                    question.request, question.attempt, question.node, question.start,
+                    None, self.now, self.now,
+                )  # fmt: skip
+        for _ in range(2 + HOST_SLOTS + self.disk_slots):  # blocks wait for their turn to spill
+            self.all_goes_well()
         assert not self.leader.busy
+        self.time_passes(LEASE_SECONDS)
+        self.it_agrees_with_what_was_said()
         assert not self.leader.holds_device_blocks
         assert not self.held.total()
         assert not self.owed
-        assert self.leader.tiers.host.pinned == 0
-        assert self.leader.tiers.host.used == len(self.told)
+        assert not self.asking
+        assert not self.ranks.doing
+        assert not len(self.leader.orders.moves)
+        assert self.leader.prefetch._brought == 0
+        assert not self.leader.prefetch._asked
+        for _, pool in self.leader.tiers._pools:
+            assert pool.pinned == 0
+            assert pool.used == len(pool)
         assert len(self.leader.lending.leases) == 0
 
 
-TestLeader = LeaderMachine.TestCase
+class HostAndDisk(LeaderMachine):
+    """What is in demand goes on to the disk."""
+
+    disk_slots = DISK_SLOTS
+
+
+class Unfiltered(LeaderMachine):
+    """Everything goes on to the disk."""
+
+    disk_slots = DISK_SLOTS
+    limits: ClassVar[dict[str, Any]] = {"min_frequency": 0}
+
+
+class DiskOnly(LeaderMachine):
+    """The host tier only serves others."""
+
+    disk_slots = DISK_SLOTS
+    limits: ClassVar[dict[str, Any]] = {"disk_only": True}
+
+
+TestHostOnly = LeaderMachine.TestCase
+TestHostAndDisk = HostAndDisk.TestCase
+TestUnfiltered = Unfiltered.TestCase
+TestDiskOnly = DiskOnly.TestCase
