@@ -7,7 +7,7 @@ before its head, and no block is kept whose head is gone.
 
 A segment is of a kind: how often was it used, and how often has its conversation gone on where
 the request before ended? Both numbers say that it is alive; so they are added, and there are
-few kinds, of which much is soon known. What a kind is worth at which age, `ReuseOdds` learns
+few kinds, of which much is soon known. What was used once is told apart by its length. What a kind is worth at which age, `ReuseOdds` learns
 while requests come. Segments whose blocks are all gone are remembered for a while: without
 them it could be learned only from those that were used again in time.
 
@@ -32,7 +32,7 @@ GHOSTS = 16_384
 AWAITED_BLOCKS = 65_536
 """Blocks of requests that may come to be stored: at least this many are known, at most twice."""
 
-LEARN_REQUESTS = 256
+LEARN_REQUESTS = 32
 """Conclusions are drawn every so many requests."""
 
 FADE_SEGMENTS = 32_768
@@ -42,8 +42,13 @@ LAST = 0
 """The kind of a block at the end of the first request that had it: often it is not full yet,
 and has another name in the next request."""
 
-KINDS = 8
-"""The others by uses and turns, added up: 1, 2–3, 4–7, 8–15, 16–31, 32–63, more."""
+SIZES = 6
+"""The kinds of what was used once, by blocks: 1, 2–3, 4–7, 8–15, 16–31, more."""
+
+LIVES = 7
+"""The kinds of the rest, by uses and turns, added up: 2–3, 4–7, 8–15 … 64–127, more."""
+
+FAMILIES = (1, SIZES, LIVES)
 
 GONE = -1
 """Stands for the slot of a block that is in none."""
@@ -89,7 +94,7 @@ class HitDensity:
     """Eviction by the hits to be expected per second, with odds that are learned on the way."""
 
     def __init__(self) -> None:
-        self._odds = ReuseOdds(KINDS)
+        self._odds = ReuseOdds(FAMILIES)
         self._tree: dict[BlockHash, _Segment] = {}
         """By first block; names are chained, so that one says where in the tree it is."""
         self._ghosts: OrderedDict[_Segment, None] = OrderedDict()
@@ -97,7 +102,9 @@ class HitDensity:
         self._segments: dict[int, _Segment] = {}
         """Of each slot, but for those of found blocks."""
         self._hidden: set[int] = set()
-        self._queues: list[OrderedDict[_Segment, None]] = [OrderedDict() for _ in range(KINDS)]
+        self._queues: list[OrderedDict[_Segment, None]] = [
+            OrderedDict() for _ in range(sum(FAMILIES))
+        ]
         """Of each kind what may go, the segment used longest ago first."""
         self._blocked: OrderedDict[_Segment, None] = OrderedDict()
         """Segments that came up for eviction while others follow them."""
@@ -135,7 +142,9 @@ class HitDensity:
             segment.uses += 1
             segment.turn, segment.reach = turn, len(chain)
             is_last = segment is path[-1] and known < len(chain)
-            self._refresh(segment, LAST if is_last else _kind(segment.uses, turn))
+            self._refresh(
+                segment, LAST if is_last else _kind(segment.uses, turn, len(segment.blocks))
+            )
             before = segment
         self._forget()
         if self._requests % LEARN_REQUESTS == 0:
@@ -287,7 +296,7 @@ class HitDensity:
         self._tree[block] = segment
         self._ghosts[segment] = None
         self._attach(segment, before if before is not None and before.depth < depth else None)
-        self._refresh(segment, _kind(1, before.turn if before else 0))
+        self._refresh(segment, _kind(1, before.turn if before else 0, 1))
         return segment
 
     def _put(self, segment: _Segment, index: int, slot: int) -> None:
@@ -495,5 +504,8 @@ def _check(segment: _Segment, segments: Mapping[int, _Segment], hidden: Abstract
     assert {*segment.slots[segment.may_go :]} <= {*hidden, GONE}, "what may go is not looked at"
 
 
-def _kind(uses: int, turn: int) -> int:
-    return min((uses + turn).bit_length(), KINDS - 1)
+def _kind(uses: int, turn: int, blocks: int) -> int:
+    life = (uses + turn).bit_length() - 1
+    if life == 0:
+        return LAST + min(blocks.bit_length(), SIZES)
+    return LAST + SIZES + min(life, LIVES)

@@ -10,8 +10,8 @@ odds, is right at any moment. From the odds follows what it is worth to keep a b
 the hits that its slot brings per second if it is kept for the best time from now on (Gittins'
 index). While nothing is known, that falls with age alone, which is LRU.
 
-A kind of which little is known is taken for all the others together. Old sums fade, so that
-what is learned follows the load.
+Kinds come in families. A kind of which little is known is taken for its family, and a family
+for all blocks. Old sums fade, so that what is learned follows the load.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ _WIDTHS = tuple(end - begin for begin, end in zip((0.0, *ENDS), (*ENDS, 2 * ENDS
 PRIOR_ODDS = 0.1
 """What is assumed of a span before anything is known; alike for all ages, it leads to LRU."""
 
-PRIOR_BLOCKS = 64.0
+PRIOR_BLOCKS = 16.0
 """How many blocks must have come to an age until what they did weighs as much as what was
 assumed."""
 
 
 class ReuseOdds:
-    """The odds of each of some kinds, which are counted from 0."""
+    """The odds of each of some kinds, which are counted from 0 through all families."""
 
-    def __init__(self, kinds: int) -> None:
+    def __init__(self, families: Sequence[int]) -> None:
+        """`families`: how many kinds each has."""
+        self._families = families
+        kinds = sum(families)
         self._came = [[0.0] * SPANS for _ in range(kinds)]
         self._used = [[0.0] * SPANS for _ in range(kinds)]
         self._density: list[list[float]] = []
@@ -64,10 +67,14 @@ class ReuseOdds:
     def learn(self) -> None:
         """Draw the conclusions: `density` is by what was known when this was last called."""
         everyone = _odds(_sum(self._came), _sum(self._used), [PRIOR_ODDS] * SPANS)
-        self._density = [
-            _densities(_odds(came, used, everyone))
-            for came, used in zip(self._came, self._used, strict=True)
-        ]
+        self._density = []
+        end = 0
+        for kinds in self._families:
+            begin, end = end, end + kinds
+            came, used = self._came[begin:end], self._used[begin:end]
+            family = _odds(_sum(came), _sum(used), everyone)
+            for its_came, its_used in zip(came, used, strict=True):
+                self._density.append(_densities(_odds(its_came, its_used, family)))
 
 
 def _sum(rows: Iterable[Sequence[float]]) -> list[float]:
