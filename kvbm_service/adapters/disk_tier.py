@@ -220,6 +220,7 @@ class DiskTier:
 
         def prepare(batch: Batch) -> None:
             some = batch.some
+            self._index.clear(batch.slots)
             sums[some], in_place[some] = take(batch, named[some])
 
         def settle(batch: Batch, came_through: Mask) -> None:
@@ -230,7 +231,6 @@ class DiskTier:
             self._index.enter(slots[which], hashes[which], fills[which], sums[which])
 
         with self._or_lost():
-            self._index.clear(slots)
             self._writer.transfer(slots, prepare, settle, slab_rows)
         return in_place
 
