@@ -7,6 +7,8 @@ import contextlib
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,25 @@ TURNS = 250
 MAX_WAITING = 8
 BRANCHES, SEGMENT = 3, 14
 """Prompts are paths in a tree: most have a beginning in common with others."""
+
+
+def on_disk(folder: Path, dice: random.Random) -> dict[str, Any]:
+    """Settings of a small disk tier."""
+    return {
+        "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": dice.randint(24, 200),
+        "DYN_KVBM_DISK_CACHE_DIR": str(folder),
+        "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": dice.random() < 0.5,
+        "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE": dice.choice([1, 4, 16]),
+        "KVBM_PREFETCH_SHARE": dice.choice([0, 0.2, 1]),
+    }
+
+
+def at_rest(engine: Engine) -> bool:
+    """No lease, no move, no pin."""
+    tiers = engine.core.tiers
+    assert tiers.disk is not None
+    busy = engine.core.lending.leases or engine.core.orders.moves
+    return not (busy or tiers.host.pinned or tiers.disk.pinned)
 
 
 def random_prompt(dice: random.Random) -> list[int]:
@@ -38,13 +59,13 @@ class Storm:
         self.engine = engine
         self._dice = dice
         gates = [rank.gate for rank in engine.ranks]
-        self._valves = [valve for gate in gates for valve in (gate.saves, gate.loads, gate.pulls)]
-        self._fragile = [
-            valve
-            for gate in gates
-            for valve in (gate.saves, gate.loads, gate.pulls)
-            if pulls_fail or valve is not gate.pulls
-        ]
+        own = [valve for gate in gates for valve in (gate.saves, gate.loads)]
+        others = [valve for gate in gates for valve in (gate.pulls, gate.fetches)]
+        if engine.core.tiers.disk is not None:
+            disks = [rank.disk_gate for rank in engine.ranks]
+            own += [valve for disk in disks for valve in (disk.writes, disk.loads, disk.fetches)]
+        self._valves = own + others
+        self._fragile = own + (others if pulls_fail else [])
         self._asked: list[Asked] = []
         self._deeds: list[tuple[Callable[[], None], float]] = [
             (self._submit, 0.35),
@@ -143,6 +164,63 @@ def test_an_engine_in_a_storm_computes_from_right_bytes_and_leaks_nothing(
     gate = engine.ranks[0].gate
     assert gate.saves.blocks > 20
     assert gate.loads.blocks > 0
+
+
+@pytest.mark.parametrize("slots", [0, 12, 40])
+@pytest.mark.parametrize("seed", range(4))
+def test_host_and_disk_in_a_storm_give_right_bytes_and_leak_nothing(
+    make_engine: MakeEngine, tmp_path: Path, seed: int, slots: int
+) -> None:
+    dice = random.Random(seed)
+    engine = make_engine(
+        blocks=dice.randint(27, 40),
+        slots=slots,
+        ranks=1 + seed % 2,
+        batch_tokens=dice.choice([16, 40, 512]),
+        overlapping=seed >= 2,
+        extra=on_disk(tmp_path, dice),
+    )
+    storm = Storm(engine, dice, pulls_fail=True)
+    for _ in range(TURNS):
+        storm.turn()
+    storm.end()
+    assert engine.core.tiers.disk is not None, "no valve breaks a disk for good"
+    gate = engine.ranks[0].disk_gate
+    assert gate.writes.blocks > 0
+    assert gate.loads.blocks + gate.fetches.blocks > 0 or slots == 40
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_engines_with_disks_in_a_storm_read_from_each_other(
+    make_node: MakeEngine, registry: LiveRegistry, tmp_path: Path, seed: int
+) -> None:
+    dice = random.Random(seed)
+    storms = [
+        Storm(
+            make_node(
+                name,
+                blocks=40,
+                slots=dice.choice([0, 20, 40]),
+                overlapping=seed % 2 == 1,
+                extra={"KVBM_LOOKUP_DEADLINE_MS": 50} | on_disk(tmp_path / name, dice),
+            ),
+            dice,
+            pulls_fail=False,
+        )
+        for name in ("one", "two")
+    ]
+    for storm in storms:
+        eventually(lambda storm=storm: storm.engine.core.online)
+    for _ in range(TURNS):
+        for storm in storms:
+            storm.turn()
+    for storm in storms:
+        storm.end()
+    engines = [storm.engine for storm in storms]
+    for engine in engines:
+        eventually(lambda engine=engine: (engine.step(), at_rest(engine))[-1])
+    assert sum(engine.ranks[0].gate.pulls.blocks for engine in engines) > 0
+    assert sum(engine.ranks[0].disk_gate.fetches.blocks for engine in engines) > 0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -123,15 +123,26 @@ def test_three_lives_add_up(life: MakeLife) -> None:
             assert engine.ask(prompt(41, seed)).loaded == 40
 
 
-def test_what_is_stored_after_a_restart_is_no_older_than_what_was_found(life: MakeLife) -> None:
+def test_what_is_stored_after_a_restart_is_newer_than_what_was_found(life: MakeLife) -> None:
     with life(slots=10) as engine:
-        engine.ask(prompt(41))
+        engine.ask(prompt(41, 0))
     with life(slots=10) as engine:
+        found = set(stamps(engine))
         engine.ask(prompt(41, 1))  # into the same slots
+        assert min(set(stamps(engine)) - found) > max(found)
     with life(slots=10) as engine:
         assert held(engine) == (10, 20)
         assert engine.ask(prompt(41, 1)).loaded == 40
         assert engine.ask(prompt(41, 0)).loaded == 40
+
+
+def stamps(engine: Engine) -> list[int]:
+    """The fill stamps of all blocks on the disk."""
+    disk = engine.core.tiers.disk
+    assert disk is not None
+    slots = disk.pin(disk.blocks())
+    disk.unpin(slots)
+    return disk.fills(slots)
 
 
 # -- what is not -------------------------------------------------------------------------------
