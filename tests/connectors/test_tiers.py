@@ -159,7 +159,8 @@ def test_disk_blocks_of_waiting_requests_come_up_while_they_wait(
     busy = keep_busy(engine)
     waiting = [engine.submit(text) for text in texts]
     rank = engine.ranks[0]
-    engine.until(lambda: rank.disk_gate.fetches.blocks == 20)
+    engine.step()
+    engine.wait(lambda: rank.disk_gate.fetches.blocks == 20)
     assert not busy.finished
     engine.run()
     assert [asked.loaded for asked in waiting] == [40, 40, 40]
