@@ -7,9 +7,10 @@ before its head, and no block is kept whose head is gone.
 
 A segment is of a kind: how often was it used, and how often has its conversation gone on where
 the request before ended? Both numbers say that it is alive; so they are added, and there are
-few kinds, of which much is soon known. What was used once is told apart by its length. What a kind is worth at which age, `ReuseOdds` learns
-while requests come. Segments whose blocks are all gone are remembered for a while: without
-them it could be learned only from those that were used again in time.
+few kinds, of which much is soon known. What was used once is told apart by its length. What a
+kind is worth at which age, `ReuseOdds` learns while requests come. Segments whose blocks are
+all gone are remembered for a while: without them it could be learned only from those that were
+used again in time.
 
 Of each kind the segment that was used longest ago is looked at, and the worst of these goes.
 So a use costs a look-up per segment, and a victim a look at a few kinds.
@@ -113,8 +114,10 @@ class HitDensity:
         self._sorted = False
         self._awaited: dict[BlockHash, _Segment] = {}
         self._awaited_longer: dict[BlockHash, _Segment] = {}
-        self._found: OrderedDict[BlockHash, int] = OrderedDict()
-        """Adopted blocks that no request has used yet, oldest first, and their slots."""
+        self._found: dict[BlockHash, int] = {}
+        """Adopted blocks that no request has used yet, and their slots."""
+        self._found_order: deque[BlockHash] = deque()
+        """Those that go first, first; also some that are not there any more."""
         self._ageing: list[deque[tuple[int, _Segment]]] = [deque() for _ in range(SPANS - 1)]
         """By span, the segments that have come to it, with their stamps."""
         self._now = 0.0
@@ -309,6 +312,7 @@ class HitDensity:
     def adopt(self, blocks: Sequence[BlockHash], slots: Sequence[int]) -> None:
         """Until they are used they go first, and the oldest of them before the others."""
         self._found.update(zip(blocks, slots, strict=True))
+        self._found_order.extend(blocks)
 
     def show(self, slots: Sequence[int]) -> None:
         """A segment that was taken out of its queue, since all in it was hidden, is put back."""
@@ -369,13 +373,15 @@ class HitDensity:
     def victims(self, wanted: int, spared: AbstractSet[int]) -> list[int]:
         """What was found and not used; then the last block of the leaf that is worth least."""
         victims: list[int] = []
-        for _ in range(len(self._found)):
+        for _ in range(len(self._found_order)):
             if len(victims) == wanted:
                 return victims
-            block, slot = self._found.popitem(last=False)
+            block = self._found_order.popleft()
+            slot = self._found.get(block, GONE)
             if slot in self._hidden or slot in spared:
-                self._found[block] = slot  # at the end, so that the next search does not meet it
-            else:
+                self._found_order.append(block)  # so that the next search does not meet it
+            elif slot != GONE:
+                del self._found[block]
                 victims.append(slot)
         aside: list[_Segment] = []
         while len(victims) < wanted and len(self._hidden) < len(self._segments):
@@ -472,6 +478,7 @@ class HitDensity:
     def check_integrity(self, shown: AbstractSet[int], hidden: AbstractSet[int]) -> None:
         """All tables agree, and the slots in them are these."""
         known = {*self._segments, *self._found.values()}
+        assert self._found.keys() <= set(self._found_order), "what was found would never go"
         assert known == shown | hidden, "other slots are known than are in use"
         assert len(known) == len(self._segments) + len(self._found), "a slot is known twice"
         assert self._hidden == hidden, "other slots are hidden"

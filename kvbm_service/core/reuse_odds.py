@@ -19,10 +19,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-SPANS = 26
-"""Ages from below 1/64 s to beyond 3 days, in powers of two."""
+SPANS = 20
+"""Ages from below 1 s to beyond 3 days, in powers of two."""
 
-ENDS = tuple(2.0 ** (span - 6) for span in range(SPANS - 1))
+ENDS = tuple(2.0**span for span in range(SPANS - 1))
 """Where each span but the last ends, in seconds."""
 
 _WIDTHS = tuple(end - begin for begin, end in zip((0.0, *ENDS), (*ENDS, 2 * ENDS[-1]), strict=True))

@@ -87,7 +87,7 @@ def test_what_is_remembered_of_the_past_is_limited() -> None:
     assert len(eviction._ghosts) <= GHOSTS
     assert len(eviction._tree) <= GHOSTS + 8
     assert len(eviction._awaited) <= AWAITED_BLOCKS
-    assert sum(map(len, eviction._ageing)) <= 27 * GHOSTS
+    assert sum(map(len, eviction._ageing)) <= 21 * GHOSTS
     pool.check_integrity()
 
 
