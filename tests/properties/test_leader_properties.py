@@ -66,7 +66,7 @@ class LeaderMachine(RuleBasedStateMachine):
         self.rig = Rig(
             HOST_SLOTS, WORLD_SIZE, held_blocks=HELD_BLOCKS, disk=self.disk_slots,
             staging_seconds=STAGING_SECONDS, spill=SpillLimits(batch_blocks=2, batches=2),
-            prefetch_share=0.5, **self.limits,
+            prefetch_share=0.5, filter_entries=1_000, **self.limits,
         )  # fmt: skip
         self.leader = self.rig.leader
         self.rig.meet("b")

@@ -31,7 +31,7 @@ from tests.simulation.weather import RATES, Weather, any_weather
 
 TROUBLE_SECONDS = 1.0
 """How long requests come in, and things go wrong."""
-QUIET_SECONDS = 3.0
+QUIET_SECONDS = 4.5
 """How long everybody then has to find back to order."""
 FAULT_SECONDS = 0.1
 """How often a fault may begin."""
@@ -65,6 +65,7 @@ class World:
             disk_only=self.weather.disk_only and self.weather.disk_slots > 0,
             spill=SpillLimits(batch_blocks=3, batches=2),
             min_frequency=2 if self.weather.filtered else 0,
+            filter_entries=1_000,
             prefetch_share=self.weather.prefetch_share,
         )
         self.timeline = Timeline()
@@ -244,7 +245,8 @@ class World:
         node.crash()
         if self.chance.random() < NEVER_BACK:
             return
-        self.timeline.after(self.chance.random(), self._nature, lambda: self._start_node(name))
+        delay = self.chance.random() ** 2
+        self.timeline.after(delay, self._nature, lambda: self._start_node(name))
 
     def _crash_registry(self, name: str) -> None:
         self.registries[name].process.alive = False
