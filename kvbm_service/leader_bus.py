@@ -45,7 +45,7 @@ from kvbm_service.core.effects import (
 from kvbm_service.core.leader import Leader
 from kvbm_service.errors import BusError, BusUnavailable, DirectoryError, LayoutError, RanksMissing
 from kvbm_service.network import Connect, Network
-from kvbm_service.presence import decode_record, join
+from kvbm_service.presence import decode_record, join, stop_if_cancelled
 
 if TYPE_CHECKING:
     from kvbm_service.leader_service import LeaderService
@@ -96,7 +96,11 @@ class LeaderBus:
                 await self._meet_ranks()
                 self._tasks.create_task(self._take_part())
                 watch = await self._watch(self._on_peer, self._key_prefix)
-                self._tasks.create_task(_close_at_the_end(watch))
+                try:
+                    stop_if_cancelled()
+                    await asyncio.Event().wait()
+                finally:
+                    await watch.close()
         finally:
             self._tasks = self._membership = None
             self._leader.on_core(_go_offline, None)
@@ -316,6 +320,7 @@ class LeaderBus:
                 return await self._network.directory.watch(on_change, prefix)
             except DirectoryError as error:
                 _log.debug("directory: %s", error)
+                stop_if_cancelled()
                 await asyncio.sleep(TICK_SECONDS)
 
     def _on_own_rank(self, change: Change) -> None:
@@ -348,12 +353,12 @@ class LeaderBus:
         watching = asyncio.create_task(self._watch(self._on_own_rank, own_ranks))
         try:
             await self._wait_for_ranks()
-            await watching  # what comes next needs the directory, too
+            await asyncio.wait([watching])  # what comes next needs the directory, too
         finally:
-            if watching.done() and not watching.cancelled():
+            watching.cancel()
+            await asyncio.wait([watching])
+            if not watching.cancelled():
                 await watching.result().close()
-            else:
-                watching.cancel()
 
     async def _wait_for_ranks(self) -> None:
         late = False
@@ -377,6 +382,7 @@ class LeaderBus:
             self._leader.begin(epoch)
             await self._serve()
             while True:
+                stop_if_cancelled()
                 await asyncio.sleep(BEAT_SECONDS)
                 await self._beat(self._membership, epoch)
         finally:
@@ -429,13 +435,6 @@ class LeaderBus:
 
     def _encode(self, message: Message) -> bytes:
         return encode(message, self._leader.settings.wire)
-
-
-async def _close_at_the_end(watch: Watch) -> None:
-    try:
-        await asyncio.Event().wait()
-    finally:
-        await watch.close()
 
 
 def _chunks(tier: Tier, blocks: list[BlockHash]) -> list[tuple[Tier, list[BlockHash]]]:

@@ -30,6 +30,17 @@ def decode_record(key: str, value: bytes) -> NodeRecord | RankRecord | None:
         return None
 
 
+def stop_if_cancelled() -> None:
+    """Raise `CancelledError` if this task was cancelled and nobody noticed.
+
+    `asyncio.wait_for` of Python 3.11, which nats-py waits with, loses a cancellation that comes
+    at the same moment as what is waited for.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 async def join(
     network: Network, key: str, make_record: Callable[[int], bytes]
 ) -> tuple[Membership, int]:

@@ -14,7 +14,7 @@ from kvbm_schemas.subjects import Scope, rank_what
 from kvbm_service.adapters.bus import Bus, Delivery
 from kvbm_service.errors import BusError
 from kvbm_service.network import Connect
-from kvbm_service.presence import join
+from kvbm_service.presence import join, stop_if_cancelled
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class WorkerBus:
             key = ".".join([*self._scope, self._record.node, str(self._record.rank)])
             membership, _ = await join(network, key, lambda _: encode(self._record))
             try:
+                stop_if_cancelled()
                 await self._answer(network.bus)
             finally:
                 await membership.leave()

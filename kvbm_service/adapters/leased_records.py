@@ -220,8 +220,9 @@ class Watching:
             raise
 
     async def close(self) -> None:
-        for work in self._work:
-            await work.end()
+        async with contextlib.AsyncExitStack() as ending:  # of each, also if this is cancelled
+            for work in self._work:
+                ending.push_async_callback(work.end)
 
     async def _follow(self) -> None:
         pause = min(MAX_RETRY_SECONDS, self._store.lease_seconds / RETRIES_PER_LEASE)

@@ -201,12 +201,15 @@ async def test_blocks_that_all_ranks_have_found_again_are_taken_over(meeting: Me
 
 async def test_ranks_may_be_known_before_they_say_what_they_have_found(meeting: Meeting) -> None:
     """They are listed in the directory; the engine's own channel brings the rest."""
-    leader = meeting.leader()
-    await meeting.put(rank_record(disk_slots=8))
-    until(lambda: leader.ready, "the leader has met its rank")
+    leader = meeting.leader(world_size=2)
+    records = [rank_record(rank, 2, disk_slots=8) for rank in range(2)]
+    for record in records:
+        await meeting.put(record)
+    until(lambda: leader.ready, "the leader has met its ranks")
+    leader.attach(records[0], [found(Tier.HOST, 2), found(Tier.DISK, 3)])
     assert held(leader) == {Tier.HOST: set(), Tier.DISK: set()}
-    leader.attach(rank_record(disk_slots=8), [found(Tier.HOST, 2), found(Tier.DISK, 3)])
-    assert held(leader) == {Tier.HOST: set(CHAIN[:2]), Tier.DISK: set(CHAIN)}
+    leader.attach(records[1], [found(Tier.HOST, 2), found(Tier.DISK, 2)])
+    assert held(leader) == {Tier.HOST: set(CHAIN[:2]), Tier.DISK: set(CHAIN[:2])}
 
 
 # -- blocks on disk, for another node ----------------------------------------------------------
