@@ -182,12 +182,20 @@ class LeaderService:
         return self._with_core(lambda core: core.hits(request), NO_HITS)
 
     def store(
-        self, request: str, depth: int, chain: Sequence[BlockHash], device_blocks: Sequence[int]
+        self,
+        request: str,
+        depth: int,
+        after: BlockHash | None,
+        chain: Sequence[BlockHash],
+        device_blocks: Sequence[int],
     ) -> tuple[int, list[int]]:
         """Save blocks that the coming step computes; see `Leader.store`."""
         nothing: tuple[int, list[int]] = (len(chain), [])
         return self._with_core(
-            lambda core: core.store(chain, device_blocks, request=request, depth=depth), nothing
+            lambda core: core.store(
+                chain, device_blocks, request=request, depth=depth, after=after
+            ),
+            nothing,
         )
 
     def finish(self, request: str) -> None:

@@ -228,11 +228,12 @@ class Leader:
         *,
         request: str = "",
         depth: int = 0,
+        after: BlockHash | None = None,
         priorities: Sequence[int] | None = None,
     ) -> tuple[int, list[int]]:
         """The engine computes these full blocks in the coming step; save those not here yet.
 
-        `chain[0]` is block number `depth` of `request`; a block's priority counts as 0 where
+        `chain[0]` is block number `depth` of `request`, and follows `after`; a block's priority counts as 0 where
         none is given. Returns how many of them are dealt with (offer the rest again), and the
         device blocks that must not be reused until `take_freed_blocks` returns them.
         """
@@ -252,7 +253,7 @@ class Leader:
         offered = offered[:head]
         op = self.orders.save_op
         taken = self.tiers.reserve(
-            self._save_to, [chain[index] for index in offered], op, depth
+            self._save_to, [chain[index] for index in offered], op, depth, after
         )
         indices = [offered[position] for position in taken.indices]
         held = [device_blocks[index] for index in indices]

@@ -150,7 +150,7 @@ class Lending:
     ) -> int | None:
         """Have the ranks fetch what is not in the host tier; None if that has no slot to give."""
         op = self._orders.next_op()
-        taken = self._tiers.reserve(Tier.HOST, chain, op, 0)
+        taken = self._tiers.reserve(Tier.HOST, chain, op)
         blocks = [chain[index] for index in taken.indices]
         if not blocks:
             return None

@@ -97,7 +97,7 @@ class Spills:
             del self._waiting[block]
             if not self._tiers.host.readable(block) or block in self._tiers.disk:
                 continue
-            taken = self._tiers.reserve(Tier.DISK, [block], op, 0)
+            taken = self._tiers.reserve(Tier.DISK, [block], op)
             if taken.slots:
                 blocks.append(block)
                 disk.extend(taken.slots)

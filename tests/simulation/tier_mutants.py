@@ -199,7 +199,7 @@ def _say_nothing_of_what_makes_room(patch: Patch) -> None:
     patch.setattr(
         tiers.Tiers,
         "reserve",
-        lambda self, tier, chain, fill, depth: self.pool(tier).reserve(chain, fill, depth),
+        lambda self, tier, chain, fill, depth=0, after=None: self.pool(tier).reserve(chain, fill),
     )
 
 
