@@ -30,6 +30,9 @@ class Label(NamedTuple):
     fill: int
 
 
+MAX_SECONDS = 10.0
+"""Of a transfer."""
+
 Move = step.Save | step.Spill | step.Fetch | step.RemoteFetch
 Order = Move | step.Load
 
@@ -103,7 +106,7 @@ class RankModel:
                 reads = self.proven(Tier.DISK, command.disk, command.hashes, command.fills)
                 return Doing(command, ranks, reads, _spots(Tier.HOST, command.host))
             case step.RemoteFetch():
-                assert command.seconds > 0
+                assert 0 <= command.seconds <= MAX_SECONDS
                 return Doing(command, ranks, writes=_spots(Tier.HOST, command.host))
             case step.Load():
                 return self._load(command, ranks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import hypothesis.strategies as st
 from hypothesis.stateful import (
@@ -54,6 +54,13 @@ rarely = st.sampled_from([False, False, False, True])
 names = st.lists(st.sampled_from("abcdxy"), unique=True, max_size=4)
 
 
+class Question(NamedTuple):
+    """What was asked of a registry or an owner, and when."""
+
+    asked: AskRegistry | AskOwner
+    when: float
+
+
 class LeaderMachine(RuleBasedStateMachine):
     """Model: the copies told of, the leases given to us, the device blocks we had to hold, and
     what is in which slot."""
@@ -76,7 +83,7 @@ class LeaderMachine(RuleBasedStateMachine):
         self.last_seq = 0
         self.owed: set[str] = set()
         """Leases that were given to us and not given back."""
-        self.questions: list[AskRegistry | AskOwner] = []
+        self.questions: list[Question] = []
         self.by_bus: dict[int, step.Fetch] = {}
         """Fetches of which some rank has not answered on the bus."""
         self.unheard: set[int] = set()
@@ -144,7 +151,7 @@ class LeaderMachine(RuleBasedStateMachine):
             case GiveBack(_, lease):
                 self.owed.remove(lease)  # once, and only what was given
             case AskRegistry() | AskOwner():
-                self.questions.append(effect)
+                self.questions.append(Question(effect, self.now))
             case TellRanks(fetch, seconds):
                 assert seconds > 0
                 self.by_bus[fetch.op] = fetch
@@ -295,18 +302,24 @@ class LeaderMachine(RuleBasedStateMachine):
             self.answer_all(request, data)
             self.match_and_load(request, data, take=True)
 
-    @rule(request=st.sampled_from(REQUESTS), data=st.data(), wanted=chains)
-    def wait(self, request: str, data: st.DataObject, wanted: list[BlockHash]) -> None:
+    @rule(
+        request=st.sampled_from(REQUESTS), data=st.data(), wanted=chains,
+        seconds=st.sampled_from([0.0, 0.0, LEASE_SECONDS]),
+    )  # fmt: skip
+    def wait(
+        self, request: str, data: st.DataObject, wanted: list[BlockHash], seconds: float
+    ) -> None:
         """A request comes and has to wait, so that its blocks are brought up."""
         self.arrive(request, wanted)
         self.answer_all(request, data)
         self.take_commands()
+        self.time_passes(seconds)
         self.answer_all(request, data)
 
     def answer_all(self, request: str, data: st.DataObject) -> None:
         self.take_effects()
         for question in reversed(self.questions.copy()):
-            if question.request == request:
+            if question.asked.request == request:
                 self.questions.remove(question)
                 self.answer_question(question, "good", data)
 
@@ -371,8 +384,9 @@ class LeaderMachine(RuleBasedStateMachine):
         self.answer_question(question, kind, data)
 
     def answer_question(
-        self, question: AskRegistry | AskOwner, kind: str, data: st.DataObject
+        self, answered: Question, kind: str, data: st.DataObject
     ) -> None:
+        question = answered.asked
         asked = len(unpack(question.hashes))
         if isinstance(question, AskRegistry):
             first = data.draw(st.integers(1, asked))
@@ -398,7 +412,7 @@ class LeaderMachine(RuleBasedStateMachine):
             self.owed.add(grant.lease)
         self.leader.answered(
             question.request, question.attempt, question.node, question.start,
-            answers[kind], self.now, self.now,
+            answers[kind], answered.when, self.now,
         )  # fmt: skip
 
     @rule(wanted=chains, forged=rarely)
@@ -469,7 +483,7 @@ class LeaderMachine(RuleBasedStateMachine):
         """Whatever has happened: when everyone is done, nothing is left."""
         for request in list(self.chains):
             self.finish(request)
-        for question in self.questions:
+        for question, _ in self.questions:
             if isinstance(question, AskOwner):
                 self.leader.answered(
                     question.request, question.attempt, question.node, question.start,

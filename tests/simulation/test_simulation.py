@@ -11,7 +11,7 @@ import pytest
 from tests.simulation.weather import Weather
 from tests.simulation.world import World
 
-SEEDS = int(os.environ.get("SIMULATION_SEEDS", "600"))
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "520"))
 """More of them: SIMULATION_SEEDS=20000 pytest tests/simulation"""
 GROUPS = 8
 CALM = Weather(nodes=3, registries=2, host_slots=16, requests=60)

@@ -139,6 +139,14 @@ class World:
         return tiers
 
     @property
+    def leases_are_ample(self) -> bool:
+        """Whether everything that is done under a lease takes less than that."""
+        weather = self.trouble
+        slowness = weather.disk_slowness if weather.disk_slots else 1.0
+        copying = 2 * LONGEST_CHAIN * weather.copy_seconds * slowness
+        return self.longest_wait + copying < weather.lease_seconds
+
+    @property
     def longest_wait(self) -> float:
         """How long an engine may be told to ask again."""
         staging = self.limits.staging_seconds if self.weather.disk_slots else 0.0
