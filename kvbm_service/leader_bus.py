@@ -402,7 +402,7 @@ class LeaderBus:
             online = self._bus.connected
 
             def tick(core: Leader, online: bool = online) -> None:
-                core.online = online
+                core.peers.online = online
                 core.tick(self._leader.now())
 
             self._leader.on_core(tick, None)
@@ -444,7 +444,7 @@ def _chunks(tier: Tier, blocks: list[BlockHash]) -> list[tuple[Tier, list[BlockH
 
 
 def _go_offline(core: Leader) -> None:
-    core.online = False
+    core.peers.online = False
 
 
 _acquires = Decoder(Acquire)

@@ -22,7 +22,8 @@ from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters import metrics_server
 from kvbm_service.adapters.metrics import Metrics
 from kvbm_service.core.effects import Effect, Publish
-from kvbm_service.core.leader import Leader, Limits
+from kvbm_service.core.leader import Leader
+from kvbm_service.core.limits import Limits
 from kvbm_service.core.reads import NO_HITS, Hits
 from kvbm_service.core.roster import Roster
 from kvbm_service.core.spills import SpillLimits

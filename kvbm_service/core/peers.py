@@ -13,6 +13,8 @@ class Peers:
     """Leaders and ranks by node, which agents one's own workers know, and whom to leave alone."""
 
     def __init__(self, layouts: tuple[str, ...]) -> None:
+        self.online = False
+        """Whether the registry and the owners can be asked."""
         self._layouts = layouts
         """How one's own ranks arrange a block's bytes, in rank order."""
         self._leaders: dict[str, NodeRecord] = {}

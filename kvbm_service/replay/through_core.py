@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from kvbm_schemas.block import BlockHash
 from kvbm_schemas.records import RankRecord, SlabRecord
 from kvbm_schemas.step import LoadResult, Moved, StepCommands, StepResults
-from kvbm_service.core.leader import Leader, Limits
+from kvbm_service.core.leader import Leader
+from kvbm_service.core.limits import Limits
 from kvbm_service.core.pool import Pool
 from kvbm_service.core.reads import Hits
 from kvbm_service.replay.trace import Request, Trace

@@ -417,7 +417,7 @@ class Engine:
         assert core.tiers.host.used == len(core.tiers.host), "a slot is still being filled"
         assert core.tiers.host.pinned == 0, "slots are still pinned"
         assert not core.busy
-        assert not core._readers
+        assert not core.lookups.readers
         assert not self.connector._scheduler_side._followed
 
     def shutdown(self) -> None:

@@ -24,7 +24,7 @@ def online(make_engine: MakeEngine, nats: EmbeddedNats, deadline_ms: int) -> Eng
     """An engine that asks registries."""
     extra = {"KVBM_LOOKUP_DEADLINE_MS": deadline_ms}
     engine = make_engine(nats=nats.url, extra=extra)
-    eventually(lambda: engine.core.online)
+    eventually(lambda: engine.core.peers.online)
     return engine
 
 
@@ -111,6 +111,6 @@ def test_an_engine_whose_nats_is_lost_goes_on_with_its_own_blocks(
     engine = online(make_engine, nats, deadline_ms=300)
     engine.ask(prompt(41))
     nats.kill()
-    eventually(lambda: not engine.core.online)
+    eventually(lambda: not engine.core.peers.online)
     engine.forget_device()
     assert engine.ask(prompt(61)).loaded == 40

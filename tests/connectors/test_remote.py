@@ -18,7 +18,8 @@ def meet(*engines: Engine) -> None:
         others = names - {engine.shape.node}
         eventually(
             lambda engine=engine, others=others: (
-                engine.core.online and all(engine.core.peers.can_ask(node, 0.0) for node in others)
+                engine.core.peers.online
+                and all(engine.core.peers.can_ask(node, 0.0) for node in others)
             )
         )
 
@@ -114,7 +115,7 @@ def test_engines_of_different_shapes_do_not_see_each_other(
 ) -> None:
     one, two = make_node("one", ranks=1), make_node("two", ranks=2)
     for engine in (one, two):
-        eventually(lambda engine=engine: engine.core.online)
+        eventually(lambda engine=engine: engine.core.peers.online)
     one.ask(prompt(41))
     eventually(lambda: registry.copies == 10)
     asked = two.ask(prompt(41))

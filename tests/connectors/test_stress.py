@@ -210,7 +210,7 @@ def test_engines_with_disks_in_a_storm_read_from_each_other(
         for name in ("one", "two")
     ]
     for storm in storms:
-        eventually(lambda storm=storm: storm.engine.core.online)
+        eventually(lambda storm=storm: storm.engine.core.peers.online)
     for _ in range(TURNS):
         for storm in storms:
             storm.turn()
@@ -244,7 +244,7 @@ def test_engines_in_a_storm_read_from_each_other(
         for name in names
     ]
     for storm in storms:
-        eventually(lambda storm=storm: storm.engine.core.online)
+        eventually(lambda storm=storm: storm.engine.core.peers.online)
     for _ in range(TURNS):
         for storm in storms:
             storm.turn()

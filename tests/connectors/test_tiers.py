@@ -123,12 +123,12 @@ def test_where_tokens_come_from_is_counted_by_tier(
 
 def stages(engine: Engine) -> list[Stage]:
     """How far the requests have come that wait."""
-    return [reader.stage for reader in engine.core._waiting.values()]
+    return [reader.stage for reader in engine.core.lookups.waiting.values()]
 
 
 def leased(engine: Engine) -> bool:
     """Whether owners have answered to whoever waits."""
-    plans = [reader.plan for reader in engine.core._waiting.values()]
+    plans = [reader.plan for reader in engine.core.lookups.waiting.values()]
     return all(plan is not None and all(part.answered for part in plan.parts) for plan in plans)
 
 

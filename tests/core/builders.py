@@ -12,7 +12,8 @@ from kvbm_schemas.records import NodeRecord, RankRecord, SlabRecord
 from kvbm_schemas.requests import Leased, Located, Segment
 from kvbm_service.core.columns import pack_u32, pack_u64
 from kvbm_service.core.effects import Effect
-from kvbm_service.core.leader import Leader, Limits
+from kvbm_service.core.leader import Leader
+from kvbm_service.core.limits import Limits
 
 INSTANCE = "this life"
 LOOKUP_SECONDS = 0.02
@@ -74,7 +75,7 @@ class Rig:
         ]
         self.world_size = world_size
         self.leader = Leader(ranks, chosen, INSTANCE)
-        self.leader.online = online
+        self.leader.peers.online = online
         self.leader.journal.begin(1, empty=True)
 
     def effects(self, kind: type[E]) -> list[E]:

@@ -7,7 +7,7 @@ import pytest
 from kvbm_schemas import step
 from kvbm_schemas.block import Tier, pack
 from kvbm_schemas.events import Source
-from kvbm_service.core import leader as leader_module
+from kvbm_service.core import outbox
 from kvbm_service.core.accounts import Account, Looked, Path, Refusal, Transferred
 from kvbm_service.core.columns import pack_u32
 from kvbm_service.core.effects import Announce, AskOwner, AskRegistry, TellRanks
@@ -160,7 +160,7 @@ def test_a_lookup_is_told_of_once_with_where_the_blocks_were() -> None:
     load = loading(rig)
     assert rig.accounts(Looked) == [Looked(wanted=6, host=2, disk=1, remote=2)]
     done(rig, load, rank=0)
-    rig.leader.online = False
+    rig.leader.peers.online = False
     assert rig.leader.match("r", 0, now=1.0) == 3, "it was preempted"
     rig.leader.load("r", 0, [1, 2, 3], now=1.0)
     rig.loaded(rig.load_command())
@@ -238,7 +238,7 @@ def test_a_request_of_low_priority_is_told_of_once_and_saved_up_to_there() -> No
 
 
 def test_what_nobody_fetches_is_dropped_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leader_module, "MAX_ACCOUNTS", 4)
+    monkeypatch.setattr(outbox, "MAX_ACCOUNTS", 4)
     rig = Rig(slots=64)
     for name in "abcdefghij":
         rig.save(name)

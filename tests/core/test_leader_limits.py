@@ -6,14 +6,14 @@ import pytest
 
 from kvbm_schemas.block import pack
 from kvbm_schemas.events import Cleared
-from kvbm_service.core import leader as leader_module
+from kvbm_service.core import lookups
 from kvbm_service.core.effects import AskOwner, AskRegistry, GiveBack, Publish
 from kvbm_service.core.reads import MAX_PARTS
 from tests.core.builders import Rig, chain, leased, located
 
 
 def test_beyond_the_limit_requests_are_simply_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leader_module, "MAX_READERS", 1)
+    monkeypatch.setattr(lookups, "MAX_READERS", 1)
     rig = Rig()
     rig.save("a")
     rig.leader.arrive("one", chain("a"), now=0.0)
@@ -48,7 +48,7 @@ def test_a_prefix_comes_from_a_limited_number_of_places() -> None:
 
 def test_a_lookup_deadline_of_nothing_means_that_nobody_is_ever_asked() -> None:
     rig = Rig()
-    rig.leader._limits = rig.leader._limits._replace(lookup_seconds=0.0)
+    rig.leader.lookups._limits = rig.leader._limits._replace(lookup_seconds=0.0)
     rig.leader.arrive("r", chain("ab"), now=0.0)
     assert rig.leader.match("r", 0, now=0.0) == 0
     assert rig.effects(AskRegistry) == []

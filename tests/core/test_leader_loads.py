@@ -16,7 +16,7 @@ from tests.core.builders import LEASE_SECONDS, Rig, chain, leased, located
 
 def loading_own(rig: Rig, names: str, device_blocks: list[int]) -> Load:
     """A request `r` loads blocks that are here."""
-    rig.leader.online = False
+    rig.leader.peers.online = False
     rig.leader.arrive("r", chain(names), now=0.0)
     assert rig.leader.match("r", 0, now=0.0) == len(names)
     rig.leader.load("r", 0, device_blocks, now=0.0)
@@ -59,7 +59,7 @@ def test_a_load_names_each_block_where_it_is_and_where_it_goes() -> None:
 def test_a_load_may_begin_later_and_end_earlier_than_was_promised() -> None:
     rig = Rig()
     rig.save("abc")
-    rig.leader.online = False
+    rig.leader.peers.online = False
     rig.leader.arrive("r", chain("abc"), now=0.0)
     assert rig.leader.match("r", 0, now=0.0) == 3
     rig.leader.load("r", 1, [7], now=0.0)
@@ -218,7 +218,7 @@ def test_the_load_of_an_earlier_request_of_that_name_does_not_count_for_a_later_
 def test_an_engine_that_wants_nothing_of_what_was_promised_gives_all_back() -> None:
     rig = Rig()
     rig.save("ab")
-    rig.leader.online = False
+    rig.leader.peers.online = False
     rig.leader.arrive("r", chain("ab"), now=0.0)
     rig.leader.match("r", 0, now=0.0)
     rig.leader.load("r", 0, [], now=0.0)

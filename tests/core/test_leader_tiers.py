@@ -201,7 +201,7 @@ def test_a_block_that_could_not_be_read_from_disk_is_forgotten_there_and_told_of
     assert rig.readable(Tier.DISK) == chain("d")
     assert set(rig.readable()) == set(chain("ab"))
     rig.leader.finish("r")
-    rig.leader.online = False
+    rig.leader.peers.online = False
     rig.leader.arrive("s", chain("abcd"), now=0.0)
     assert rig.leader.match("s", 0, now=0.0) == 2
 

@@ -438,7 +438,7 @@ class LeaderMachine(RuleBasedStateMachine):
 
     @rule(offline=rarely)
     def bus_comes_or_goes(self, offline: bool) -> None:
-        self.leader.online = not offline
+        self.leader.peers.online = not offline
 
     @rule(node=st.sampled_from("bc"), gone=rarely)
     def peer_comes_or_goes(self, node: str, gone: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from kvbm_schemas.events import Beat
 from kvbm_schemas.requests import Leased
-from kvbm_service.core import cursor, journal, leader, lease, moves, pool, reads, registry
+from kvbm_service.core import cursor, journal, leader, lease, lookups, moves, pool, reads, registry
 from kvbm_service.core.columns import unpack_u32
 from tests.simulation import rank
 from tests.simulation.weather import Weather
@@ -91,11 +91,11 @@ def _lease_without_pinning(patch: Patch) -> None:
 
 
 def _forget_to_give_leases_back(patch: Patch) -> None:
-    def let_go(self: leader.Leader, plan: reads.Plan) -> None:
+    def let_go(self: lookups.Lookups, plan: reads.Plan) -> None:
         for pinned in plan.pinned:
-            self.tiers.unpin(pinned.tier, pinned.slots)
+            self._tiers.unpin(pinned.tier, pinned.slots)
 
-    patch.setattr(leader.Leader, "_let_go", let_go)
+    patch.setattr(lookups.Lookups, "let_go", let_go)
 
 
 def _keep_leases_for_ever(patch: Patch) -> None:
@@ -103,7 +103,7 @@ def _keep_leases_for_ever(patch: Patch) -> None:
 
 
 def _wait_without_a_deadline(patch: Patch) -> None:
-    patch.setattr(leader.Leader, "_answer_by", lambda self, reader, now, *_: now + 3600.0)
+    patch.setattr(lookups.Lookups, "_answer_by", lambda self, reader, now, *_: now + 3600.0)
 
 
 def _count_nothing_that_is_dropped(patch: Patch) -> None:

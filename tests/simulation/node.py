@@ -259,7 +259,7 @@ class Node:
 
     def _tick(self) -> None:
         self._watcher.look(self._sees_directory)
-        self.leader.online = self.online
+        self.leader.peers.online = self.online
         leases = len(self.leader.lending.leases)
         self.leader.tick(self._now)
         self.world.expired_leases += leases - len(self.leader.lending.leases)

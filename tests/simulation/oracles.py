@@ -138,8 +138,8 @@ class Oracles:
         kept: set[Place] = set()
         for slots in leader.lending.leases._slots.values():
             kept.update((Tier.HOST, slot) for slot in slots)
-        plans = [load.order.plan for load in leader._loads.values()]
-        plans += [reader.plan for reader in leader._readers.values() if reader.plan]
+        plans = [load.order.plan for load in leader.loads._open.values()]
+        plans += [reader.plan for reader in leader.lookups.readers.values() if reader.plan]
         for plan in plans:
             kept.update((pinned.tier, slot) for pinned in plan.pinned for slot in pinned.slots)
         for move in moves:
@@ -274,7 +274,7 @@ class Oracles:
         check(not leader.lending._staged and not node._asking, f"{node.name} owes an answer")
         check(leader.prefetch._brought == 0, f"{node.name} lost some of what it may prefetch")
         check(not leader.prefetch._asked, f"{node.name} still waits for leases to prefetch")
-        check(not leader._readers, f"{node.name} still follows requests")
+        check(not leader.lookups.readers, f"{node.name} still follows requests")
         self._holds_what_it_says(node, f"{node.name} does not hold what it says")
         held = {
             Spot(tier, slot, pool._fills[slot])

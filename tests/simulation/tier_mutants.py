@@ -12,6 +12,7 @@ from kvbm_service import fetched
 from kvbm_service.core import (
     leader,
     lending,
+    lookups,
     moves,
     offload_filter,
     orders,
@@ -75,14 +76,14 @@ def _read_the_disk_without_pinning(patch: Patch) -> None:
                 self.unpin(Tier.DISK, piece.slots)
         return pinned
 
-    def let_go(self: leader.Leader, plan: reads.Plan) -> None:
+    def let_go(self: lookups.Lookups, plan: reads.Plan) -> None:
         for pinned in plan.pinned:
             if pinned.tier is Tier.HOST:
-                self.tiers.unpin(Tier.HOST, pinned.slots)
-        self._effects.extend(GiveBack(grant.node, grant.lease) for grant in plan.grants)
+                self._tiers.unpin(Tier.HOST, pinned.slots)
+        self._outbox.effects.extend(GiveBack(grant.node, grant.lease) for grant in plan.grants)
 
     patch.setattr(tiers.Tiers, "pin_runs", pin_runs)
-    patch.setattr(leader.Leader, "_let_go", let_go)
+    patch.setattr(lookups.Lookups, "let_go", let_go)
 
 
 def _show_a_fetch_before_all_ranks(patch: Patch) -> None:
@@ -243,15 +244,15 @@ def _let_all_blocks_through(patch: Patch) -> None:
 
 
 def _give_the_disks_time_again_and_again(patch: Patch) -> None:
-    right = leader.Leader._ask_owners
+    right = lookups.Lookups._ask_owners
 
     def ask_owners(
-        self: leader.Leader, request: str, reader: reads.Reader, plan: reads.Plan, now: float
+        self: lookups.Lookups, request: str, reader: reads.Reader, plan: reads.Plan, now: float
     ) -> None:
         reader.staging = False
         right(self, request, reader, plan, now)
 
-    patch.setattr(leader.Leader, "_ask_owners", ask_owners)
+    patch.setattr(lookups.Lookups, "_ask_owners", ask_owners)
 
 
 TIER_MUTANTS = [

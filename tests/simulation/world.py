@@ -15,7 +15,8 @@ from kvbm_schemas.block import HASH_BYTES, BlockHash, Tier
 from kvbm_schemas.events import Loaded
 from kvbm_schemas.records import RankRecord
 from kvbm_service.core.journal import Journal
-from kvbm_service.core.leader import Leader, Limits
+from kvbm_service.core.leader import Leader
+from kvbm_service.core.limits import Limits
 from kvbm_service.core.registry import Registry
 from kvbm_service.core.spills import SpillLimits
 from tests.simulation.directory import Directory
