@@ -13,7 +13,8 @@ all gone are remembered for a while: without them it could be learned only from 
 used again in time.
 
 Of each kind the segment that was used longest ago is looked at, and the worst of these goes.
-So a use costs a look-up per segment, and a victim a look at a few kinds.
+So a use costs a look-up per segment, and a victim a look at a few kinds. What blocks cost by
+themselves are copies and comparisons of lists, and look-ups in one table by slot.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
 
 from kvbm_schemas.block import BlockHash
-from kvbm_service.core.reuse_odds import ENDS, SPANS, ReuseOdds
+from kvbm_service.core.reuse_odds import NOBODY, Cohort, ReuseOdds
 
 GHOSTS = 16_384
 """Segments without blocks in slots that are remembered; those used longest ago are forgotten."""
 
+AWAITED_SEGMENTS = 4096
+"""Segments of which blocks may come to be stored whose neighbours are not."""
+
 AWAITED_BLOCKS = 65_536
-"""Blocks of requests that may come to be stored: at least this many are known, at most twice."""
+"""So many blocks of these are looked up at least, twice as many at most."""
 
 LEARN_REQUESTS = 32
 """Conclusions are drawn every so many requests."""
-
-FADE_SEGMENTS = 32_768
-"""After so many uses of segments, what was learned before counts half."""
 
 LAST = 0
 """The kind of a block at the end of the first request that had it: often it is not full yet,
@@ -59,14 +60,12 @@ class _Segment:
     """Blocks of a chain that requests have so far only used together."""
 
     __slots__ = (
-        "blocks", "depth", "kids", "kind", "may_go", "parent", "queued", "reach", "slots", "stamp",
-        "stored", "turn", "used_at", "uses",
+        "blocks", "cohort", "kids", "kind", "may_go", "parent", "queued", "reach", "slots",
+        "stored", "turn", "uses",
     )  # fmt: skip
 
-    def __init__(self, blocks: list[BlockHash], depth: int) -> None:
+    def __init__(self, blocks: list[BlockHash]) -> None:
         self.blocks = blocks
-        self.depth = depth
-        """How many blocks come before it in its chain."""
         self.slots = [GONE] * len(blocks)
         self.stored = 0
         """How many of its blocks are in slots."""
@@ -81,9 +80,8 @@ class _Segment:
         self.turn = 0
         self.reach = 0
         """The length of the last request that used it."""
-        self.used_at = 0.0
-        self.stamp = 0
-        """The number of that request; 0: forgotten."""
+        self.cohort: Cohort = NOBODY
+        """With what it was used last; NOBODY: it is forgotten."""
 
     @property
     def alive(self) -> bool:
@@ -94,14 +92,17 @@ class _Segment:
 class HitDensity:
     """Eviction by the hits to be expected per second, with odds that are learned on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int) -> None:
+        """`capacity`: how many slots there are."""
         self._odds = ReuseOdds(FAMILIES)
         self._tree: dict[BlockHash, _Segment] = {}
         """By first block; names are chained, so that one says where in the tree it is."""
         self._ghosts: OrderedDict[_Segment, None] = OrderedDict()
         """Those of the tree that are not alive, the one to forget first."""
-        self._segments: dict[int, _Segment] = {}
+        self._segments: list[_Segment | None] = [None] * capacity
         """Of each slot, but for those of found blocks."""
+        self._stored = 0
+        """How many slots have a segment."""
         self._hidden: set[int] = set()
         self._queues: list[OrderedDict[_Segment, None]] = [
             OrderedDict() for _ in range(sum(FAMILIES))
@@ -112,17 +113,16 @@ class HitDensity:
         self._worst: list[tuple[float, int]] = []
         """A heap of (density of the first in its queue, kind)."""
         self._sorted = False
+        self._awaiting: deque[_Segment] = deque(maxlen=AWAITED_SEGMENTS)
+        """Lately used segments whose blocks are not in `_awaited` yet."""
         self._awaited: dict[BlockHash, _Segment] = {}
         self._awaited_longer: dict[BlockHash, _Segment] = {}
         self._found: dict[BlockHash, int] = {}
         """Adopted blocks that no request has used yet, and their slots."""
         self._found_order: deque[BlockHash] = deque()
         """Those that go first, first; also some that are not there any more."""
-        self._ageing: list[deque[tuple[int, _Segment]]] = [deque() for _ in range(SPANS - 1)]
-        """By span, the segments that have come to it, with their stamps."""
         self._now = 0.0
         self._requests = 0
-        self._used_segments = 0
 
     # -- uses ------------------------------------------------------------------------
 
@@ -131,14 +131,12 @@ class HitDensity:
         self._now = max(now, self._now)
         self._requests += 1
         self._sorted = False
-        self._grow_older()
+        self._odds.grow_older(self._now)
         path, known = self._walk(chain)
         turn = path[-1].turn + 1 if path and known >= path[-1].reach - 1 else 0
-        for segment in path:
-            self._odds.used(segment.kind, self._now - segment.used_at, len(segment.blocks))
         last = max(known, len(chain) - 1)
-        new = ((known, last), (last, len(chain)))
-        path.extend(self._grow(chain, begin, end) for begin, end in new if begin < end)
+        new = (chain[known:last], chain[last:])
+        path.extend(self._grow(list(blocks)) for blocks in new if blocks)
         before: _Segment | None = None
         for segment in path:
             self._attach(segment, before)
@@ -158,36 +156,31 @@ class HitDensity:
 
         One of which the chain has only a part is split.
         """
-        path: list[_Segment] = []
+        path: dict[_Segment, None] = {}
         known = 0
         while known < len(chain):
             segment = self._tree.get(chain[known])
-            if segment is None or segment.depth != known:
+            if segment is None or segment in path:
                 break
-            blocks = chain[known : known + len(segment.blocks)]
-            if blocks != segment.blocks:
-                pairs = enumerate(zip(blocks, segment.blocks, strict=False))
-                same = next((i for i, (one, other) in pairs if one != other), len(blocks))
+            same = _same(segment.blocks, chain[known : known + len(segment.blocks)])
+            if same < len(segment.blocks):
                 segment = self._split(segment, same)
-            path.append(segment)
-            known += len(segment.blocks)
-        return path, known
+            path[segment] = None
+            known += same
+        return list(path), known
 
     def _split(self, tail: _Segment, count: int) -> _Segment:
         """Make the first `count` blocks of a segment one of their own, which the rest follows."""
-        head = _Segment(tail.blocks[:count], tail.depth)
+        head = _Segment(tail.blocks[:count])
         head.slots = tail.slots[:count]
-        for slot in head.slots:
-            if slot != GONE:
-                self._segments[slot] = head
-                head.stored += 1
-        for block in head.blocks:
-            if block in self._awaited:
-                self._awaited[block] = head
-        head.kind, head.uses, head.turn = tail.kind, tail.uses, tail.turn
-        head.reach, head.used_at, head.stamp = tail.reach, tail.used_at, tail.stamp
+        stored = [slot for slot in head.slots if slot != GONE]
+        for slot in stored:
+            self._segments[slot] = head
+        head.stored = len(stored)
+        head.kind, head.uses, head.turn, head.reach = tail.kind, tail.uses, tail.turn, tail.reach
+        head.cohort = tail.cohort
+        self._odds.split(head.cohort)
         del tail.blocks[:count], tail.slots[:count]
-        tail.depth += count
         tail.stored -= head.stored
         tail.may_go = len(tail.blocks)
         self._tree[head.blocks[0]], self._tree[tail.blocks[0]] = head, tail
@@ -199,15 +192,15 @@ class HitDensity:
             self._ghosts[head] = None
         return head
 
-    def _grow(self, chain: Sequence[BlockHash], begin: int, end: int) -> _Segment:
+    def _grow(self, blocks: list[BlockHash]) -> _Segment:
         """A new segment, in which those of its blocks that were found have slots."""
-        segment = _Segment(list(chain[begin:end]), begin)
-        self._tree[chain[begin]] = segment
+        segment = _Segment(blocks)
+        self._tree[blocks[0]] = segment
         self._ghosts[segment] = None
         if self._found:
-            for index, block in enumerate(segment.blocks):
+            for index, block in enumerate(blocks):
                 if (slot := self._found.pop(block, None)) is not None:
-                    self._put(segment, index, slot)
+                    self._put(segment, index, [slot])
         return segment
 
     def _attach(self, segment: _Segment, parent: _Segment | None) -> None:
@@ -223,47 +216,31 @@ class HitDensity:
         """It was used just now; it is of this kind from now on."""
         if segment.queued:
             del self._queues[segment.kind][segment]
-        self._blocked.pop(segment, None)
+        else:
+            self._blocked.pop(segment, None)
+        if segment.cohort is not NOBODY:
+            self._odds.used(segment.cohort, segment.kind, len(segment.blocks))
         segment.kind = kind
         segment.queued = True
-        segment.used_at = self._now
-        segment.stamp = self._requests
+        segment.cohort = self._odds.join(kind, len(segment.blocks))
         self._queues[kind][segment] = None
         if segment in self._ghosts:
             self._ghosts.move_to_end(segment)
         if segment.stored < len(segment.blocks):
-            self._awaited.update(dict.fromkeys(segment.blocks, segment))
-        self._odds.came(kind, 0, len(segment.blocks))
-        self._ageing[0].append((segment.stamp, segment))
-        self._used_segments += 1
-        if self._used_segments % FADE_SEGMENTS == 0:
-            self._odds.fade(0.5)
-
-    def _grow_older(self) -> None:
-        """Count the segments that have come to another span of ages since they were used."""
-        for span, queue in enumerate(self._ageing):
-            while queue:
-                stamp, segment = queue[0]
-                if segment.stamp == stamp:
-                    if self._now - segment.used_at < ENDS[span]:
-                        break
-                    self._odds.came(segment.kind, span + 1, len(segment.blocks))
-                    if span + 1 < len(self._ageing):
-                        self._ageing[span + 1].append(queue[0])
-                queue.popleft()
+            self._awaiting.append(segment)
 
     def _forget(self) -> None:
-        """Keep to the limits."""
+        """Keep to the limit."""
         while len(self._ghosts) > GHOSTS:
             segment, _ = self._ghosts.popitem(last=False)
-            segment.stamp = 0
+            if segment.cohort is not NOBODY:
+                self._odds.leave(segment.cohort, segment.kind, len(segment.blocks))
+                segment.cohort = NOBODY
             if self._tree.get(segment.blocks[0]) is segment:
                 del self._tree[segment.blocks[0]]
             if segment.queued:
                 segment.queued = False
                 del self._queues[segment.kind][segment]
-        if len(self._awaited) > AWAITED_BLOCKS:
-            self._awaited, self._awaited_longer = {}, self._awaited
 
     # -- slots -----------------------------------------------------------------------
 
@@ -272,42 +249,72 @@ class HitDensity:
     ) -> None:
         """They are stored in the segments of the request that had them."""
         self._hidden.update(slots)
-        segment = self._segments.get(after) if after is not None else None
-        previous, index = after, 0
-        for place, (block, slot) in enumerate(zip(blocks, slots, strict=True), depth):
-            index += 1
-            if segment is None or segment.blocks[index : index + 1] != [block]:
-                segment = self._expecting(block) or self._unasked(block, place, segment, previous)
-                index = segment.blocks.index(block)
-            self._put(segment, index, slot)
-            previous = slot
+        segment = None if after is None else self._segments[after]
+        index = 0 if segment is None or after is None else _place(segment, after) + 1
+        done = 0
+        while done < len(blocks):
+            if segment is None or segment.blocks[index : index + 1] != [blocks[done]]:
+                gap = segment is None or done > 0
+                segment, index = self._home(blocks[done], segment, index, gap)
+            end = done + len(segment.blocks) - index
+            same = _same(segment.blocks[index:], blocks[done:end])
+            self._put(segment, index, slots[done : done + same])
+            done += same
+            index += same
+
+    def _home(
+        self, block: BlockHash, before: _Segment | None, index: int, gap: bool
+    ) -> tuple[_Segment, int]:
+        """Where to store a block that is not the one at `index` of the segment `before`.
+
+        With a `gap` there may be other blocks of its request between the two.
+        """
+        segment = self._tree.get(block)
+        if segment is not None:
+            return segment, 0
+        segment = self._expecting(block) if gap else None
+        if segment is not None:
+            return segment, segment.blocks.index(block)
+        return self._unasked(block, before, index)
 
     def _expecting(self, block: BlockHash) -> _Segment | None:
         """The segment of a request that had this block, if it still is that block's."""
-        segment = self._awaited.get(block) or self._awaited_longer.get(block)
-        return segment if segment is not None and block in segment.blocks else None
+        while self._awaiting:
+            segment = self._awaiting.popleft()
+            if segment.stored < len(segment.blocks):
+                self._awaited.update(dict.fromkeys(segment.blocks, segment))
+            if len(self._awaited) > AWAITED_BLOCKS:
+                self._awaited, self._awaited_longer = {}, self._awaited
+        found = self._awaited.get(block) or self._awaited_longer.get(block)
+        if found is None or found.cohort is NOBODY or block not in found.blocks:
+            return None
+        return found
 
     def _unasked(
-        self, block: BlockHash, depth: int, before: _Segment | None, previous: int | None
-    ) -> _Segment:
+        self, block: BlockHash, before: _Segment | None, index: int
+    ) -> tuple[_Segment, int]:
         """Where to store a block that no request had yet: the engine has just made it."""
-        if before is not None and before.uses == 0 and before.slots[-1] == previous:
+        if before is not None and before.uses == 0 and index == len(before.blocks):
             before.blocks.append(block)
             before.slots.append(GONE)
-            return before
-        segment = _Segment([block], depth)
+            self._odds.extend(before.cohort, before.kind, 1)
+            return before, index
+        segment = _Segment([block])
         self._tree[block] = segment
         self._ghosts[segment] = None
-        self._attach(segment, before if before is not None and before.depth < depth else None)
+        self._attach(segment, before)
         self._refresh(segment, _kind(1, before.turn if before else 0, 1))
-        return segment
+        return segment, 0
 
-    def _put(self, segment: _Segment, index: int, slot: int) -> None:
+    def _put(self, segment: _Segment, index: int, slots: Sequence[int]) -> None:
         if not segment.alive:
             self._live(segment)
-        segment.slots[index] = slot
-        segment.stored += 1
-        self._segments[slot] = segment
+        segment.slots[index : index + len(slots)] = slots
+        segment.stored += len(slots)
+        self._stored += len(slots)
+        segments = self._segments
+        for slot in slots:
+            segments[slot] = segment
 
     def adopt(self, blocks: Sequence[BlockHash], slots: Sequence[int]) -> None:
         """Until they are used they go first, and the oldest of them before the others."""
@@ -317,11 +324,8 @@ class HitDensity:
     def show(self, slots: Sequence[int]) -> None:
         """A segment that was taken out of its queue, since all in it was hidden, is put back."""
         self._hidden.difference_update(slots)
-        shown: _Segment | None = None
-        for slot in slots:
-            segment = self._segments.get(slot)
-            if segment is not None and segment is not shown:
-                shown = segment
+        for segment in dict.fromkeys(map(self._segments.__getitem__, slots)):
+            if segment is not None:
                 segment.may_go = len(segment.blocks)
                 if not segment.queued and segment not in self._blocked:
                     self._enqueue_first(segment)
@@ -333,18 +337,24 @@ class HitDensity:
     def drop(self, block: BlockHash, slot: int) -> None:
         """What its segment follows may become a leaf."""
         self._hidden.discard(slot)
-        segment = self._segments.get(slot)
+        segment = self._segments[slot]
         if segment is None:
             del self._found[block]
         else:
-            self._take_out(segment, segment.slots.index(slot))
+            self._take_out(segment, _place(segment, slot), 1)
 
-    def _take_out(self, segment: _Segment, index: int) -> None:
-        del self._segments[segment.slots[index]]
-        segment.slots[index] = GONE
-        segment.stored -= 1
+    def _take_out(self, segment: _Segment, index: int, count: int) -> list[int]:
+        """Returns the slots that these stored blocks had."""
+        slots = segment.slots[index : index + count]
+        segments = self._segments
+        for slot in slots:
+            segments[slot] = None
+        segment.slots[index : index + count] = [GONE] * count
+        segment.stored -= count
+        self._stored -= count
         if not segment.alive:
             self._die(segment)
+        return slots
 
     def _live(self, segment: _Segment) -> None:
         self._ghosts.pop(segment, None)
@@ -384,28 +394,33 @@ class HitDensity:
                 del self._found[block]
                 victims.append(slot)
         aside: list[_Segment] = []
-        while len(victims) < wanted and len(self._hidden) < len(self._segments):
+        while len(victims) < wanted and len(self._hidden) < self._stored:
             leaf = self._worst_leaf(spared, aside)
             if leaf is None:
                 break
-            self._cut(leaf, wanted, spared, victims)
+            victims += self._cut(leaf, wanted - len(victims), spared)
         for segment in aside:
             self._enqueue_first(segment)
         if len(victims) < wanted:
             self._take_any(wanted, spared, victims)
         return victims
 
-    def _cut(
-        self, leaf: _Segment, wanted: int, spared: AbstractSet[int], victims: list[int]
-    ) -> None:
-        """Take what is wanted off its end."""
+    def _cut(self, leaf: _Segment, wanted: int, spared: AbstractSet[int]) -> list[int]:
+        """Take up to `wanted` blocks off its end, at once if nothing is in between."""
+        victims: list[int] = []
         while len(victims) < wanted:
-            slot = self._last_shown(leaf)
-            if slot == GONE or slot in spared:
-                return
-            leaf.may_go -= 1
-            self._take_out(leaf, leaf.may_go)
-            victims.append(slot)
+            last = self._last_shown(leaf)
+            if last == GONE or last in spared:
+                break
+            begin = max(0, leaf.may_go - wanted + len(victims))
+            slots = leaf.slots[begin : leaf.may_go]
+            whole = GONE not in slots and spared.isdisjoint(slots)
+            if not whole or not self._hidden.isdisjoint(slots):
+                begin = leaf.may_go - 1
+            taken = self._take_out(leaf, begin, leaf.may_go - begin)
+            leaf.may_go = begin
+            victims.extend(reversed(taken))
+        return victims
 
     def _worst_leaf(self, spared: AbstractSet[int], aside: list[_Segment]) -> _Segment | None:
         """The leaf whose last block is to go; those that would be, but are spared, go `aside`."""
@@ -418,7 +433,7 @@ class HitDensity:
                 heappop(self._worst)
                 continue
             segment = next(iter(queue))
-            present = self._odds.density(kind, self._now - segment.used_at)
+            present = self._density(segment)
             if present > density:
                 heapreplace(self._worst, (present, kind))
                 continue
@@ -435,12 +450,15 @@ class HitDensity:
 
     def _sort(self) -> None:
         self._sorted = True
+        densities = self._odds.densities
         self._worst = [
-            (self._odds.density(kind, self._now - next(iter(queue)).used_at), kind)
-            for kind, queue in enumerate(self._queues)
-            if queue
+            (densities[first.kind][first.cohort.span], first.kind)
+            for first in map(next, map(iter, filter(None, self._queues)))
         ]
         heapify(self._worst)
+
+    def _density(self, segment: _Segment) -> float:
+        return self._odds.densities[segment.kind][segment.cohort.span]
 
     def _last_shown(self, segment: _Segment) -> int:
         """The slot of its last block that may go, or GONE."""
@@ -464,7 +482,7 @@ class HitDensity:
         ]
         for segment, index in may_go[: wanted - len(victims)]:
             victims.append(segment.slots[index])
-            self._take_out(segment, index)
+            self._take_out(segment, index, 1)
 
     def _enqueue_first(self, segment: _Segment) -> None:
         queue = self._queues[segment.kind]
@@ -472,35 +490,38 @@ class HitDensity:
         queue.move_to_end(segment, last=False)
         segment.queued = True
         if self._sorted:
-            density = self._odds.density(segment.kind, self._now - segment.used_at)
-            heappush(self._worst, (density, segment.kind))
+            heappush(self._worst, (self._density(segment), segment.kind))
 
     def check_integrity(self, shown: AbstractSet[int], hidden: AbstractSet[int]) -> None:
         """All tables agree, and the slots in them are these."""
-        known = {*self._segments, *self._found.values()}
+        stored = {slot: one for slot, one in enumerate(self._segments) if one is not None}
+        known = {*stored, *self._found.values()}
         assert self._found.keys() <= set(self._found_order), "what was found would never go"
         assert known == shown | hidden, "other slots are known than are in use"
-        assert len(known) == len(self._segments) + len(self._found), "a slot is known twice"
+        assert len(known) == len(stored) + len(self._found), "a slot is known twice"
+        assert self._stored == len(stored), "the count of stored blocks is wrong"
         assert self._hidden == hidden, "other slots are hidden"
         kids: Counter[_Segment] = Counter()
         segments: set[_Segment] = set()
-        for segment in (*self._segments.values(), *self._tree.values()):
+        for segment in (*stored.values(), *self._tree.values()):
             above: _Segment | None = segment
             while above is not None and above not in segments:
                 segments.add(above)
                 above = above.parent
         for segment in segments:
-            _check(segment, self._segments, hidden)
+            _check(segment, stored, hidden)
             assert segment.queued == (segment in self._queues[segment.kind]), "lost in a queue"
             waits = segment.queued or segment in self._blocked
             assert waits or not set(segment.slots) & shown, "what may go waits nowhere"
-            ghost = segment in self._ghosts or segment.stamp == 0
+            ghost = segment in self._ghosts or segment.cohort is NOBODY
             assert segment.alive or ghost, "neither alive nor a ghost"
             if segment.alive and segment.parent is not None:
                 kids[segment.parent] += 1
         for segment in segments:
             assert segment.kids == kids[segment], "the count of kids is wrong"
         assert not any(segment.alive for segment in self._ghosts), "a ghost is alive"
+        remembered = segments | self._ghosts.keys()
+        self._odds.check_integrity(Counter(s.cohort for s in remembered if s.cohort is not NOBODY))
 
 
 def _check(segment: _Segment, segments: Mapping[int, _Segment], hidden: AbstractSet[int]) -> None:
@@ -509,6 +530,21 @@ def _check(segment: _Segment, segments: Mapping[int, _Segment], hidden: Abstract
     assert segment.stored == len(stored), "the count of stored blocks is wrong"
     assert all(segments[slot] is segment for slot in stored), "a slot is another segment's"
     assert {*segment.slots[segment.may_go :]} <= {*hidden, GONE}, "what may go is not looked at"
+
+
+def _same(some: Sequence[BlockHash], others: Sequence[BlockHash]) -> int:
+    """How many blocks both have in common from their beginnings on."""
+    count = min(len(some), len(others))
+    if some[:count] == others[:count]:
+        return count
+    pairs = enumerate(zip(some, others, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), count)
+
+
+def _place(segment: _Segment, slot: int) -> int:
+    """Where in the segment's slots this one is; often it is the last."""
+    last = len(segment.slots) - 1
+    return last if segment.slots[last] == slot else segment.slots.index(slot)
 
 
 def _kind(uses: int, turn: int, blocks: int) -> int:

@@ -38,10 +38,12 @@ class Pool:
     def __init__(self, capacity: int, eviction: Eviction | None = None) -> None:
         assert capacity > 0
         self.capacity = capacity
-        self._eviction = eviction or HitDensity()
+        self._eviction = eviction or HitDensity(capacity)
         self._free = list(range(capacity - 1, -1, -1))
-        self._ready: dict[BlockHash, int] = {}
-        self._filling: dict[BlockHash, int] = {}
+        self._slots: dict[BlockHash, int] = {}
+        """Where each block is, or is on its way to."""
+        self._filling: set[int] = set()
+        """The slots of those on their way."""
         self._names: list[BlockHash | None] = [None] * capacity
         self._pins = [0] * capacity
         self._fills = [0] * capacity
@@ -53,15 +55,19 @@ class Pool:
 
     def __contains__(self, block: BlockHash) -> bool:
         """Whether the block is here or on its way, so that saving it again is needless."""
-        return block in self._ready or block in self._filling
+        return block in self._slots
 
     def __len__(self) -> int:
         """How many blocks can be read."""
-        return len(self._ready)
+        return len(self._slots) - len(self._filling)
 
     def readable(self, block: BlockHash) -> bool:
         """Whether the block can be read."""
-        return block in self._ready
+        return self._find(block) is not None
+
+    def _find(self, block: BlockHash) -> int | None:
+        slot = self._slots.get(block)
+        return None if slot in self._filling else slot
 
     @property
     def pinned(self) -> int:
@@ -76,37 +82,41 @@ class Pool:
     @property
     def unpinned(self) -> int:
         """How many slots `reserve` could hand out now."""
-        idle = len(self._ready) - (self._pinned - self._pinned_nameless)
+        idle = len(self) - (self._pinned - self._pinned_nameless)
         return len(self._free) + idle
 
     def match(self, chain: Sequence[BlockHash], start: int = 0) -> int:
         """The end of the run of readable blocks that begins at `start`."""
-        end = start
+        return start + len(self._run(chain, start))
+
+    def _run(self, chain: Sequence[BlockHash], start: int) -> list[int]:
+        """The slots of the run of readable blocks that begins at `start`."""
+        find, filling = self._slots.get, self._filling
+        slots: list[int] = []
         for block in islice(chain, start, None):
-            if block not in self._ready:
+            slot = find(block)
+            if slot is None or slot in filling:
                 break
-            end += 1
-        return end
+            slots.append(slot)
+        return slots
 
     def match_without(self, chain: Sequence[BlockHash], start: int, other: Pool) -> int:
         """The end of the run that begins at `start`, of blocks readable here and not in `other`."""
-        here, there = self._ready, other._ready
         end = start
         for block in islice(chain, start, None):
-            if block not in here or block in there:
+            if self._find(block) is None or other._find(block) is not None:
                 break
             end += 1
         return end
 
     def absent(self, chain: Sequence[BlockHash], indices: Iterable[int]) -> list[int]:
         """Those of `indices` whose block of the chain cannot be read."""
-        ready = self._ready
-        return [index for index in indices if chain[index] not in ready]
+        return [index for index in indices if self._find(chain[index]) is None]
 
     def pinnable(self, chain: Sequence[BlockHash], room: int) -> int:
         """The length of the longest head of this readable chain that pins at most `room` more."""
         for index, block in enumerate(chain):
-            if self._pins[self._ready[block]] == 0:
+            if self._pins[self._slots[block]] == 0:
                 if room <= 0:
                     return index
                 room -= 1
@@ -114,7 +124,7 @@ class Pool:
 
     def blocks(self) -> list[BlockHash]:
         """Every readable block."""
-        return list(self._ready)
+        return [block for block, slot in self._slots.items() if slot not in self._filling]
 
     def fills(self, slots: Iterable[int]) -> list[int]:
         """The fill stamps of these slots."""
@@ -144,40 +154,40 @@ class Pool:
         the block before it: to be given for blocks that were in no `use`, so that they are
         evicted before it.
         """
-        ready, filling = self._ready, self._filling
-        absent: dict[BlockHash, int] = {}
-        for index, block in enumerate(chain):
-            if block not in ready and block not in filling:
-                absent.setdefault(block, index)
+        known = self._slots
+        absent = {block: index for index, block in enumerate(chain) if block not in known}
         if not absent:
             return Reservation([], [], [])
-        indices = list(absent.values())
-        slots, evicted = self._take(len(indices), chain)
-        del indices[len(slots) :]
-        blocks = [chain[index] for index in indices]
-        filling.update(zip(blocks, slots, strict=True))
+        slots, evicted = self._take(len(absent), chain)
+        blocks = list(islice(absent, len(slots)))
+        indices = list(islice(absent.values(), len(slots)))
+        known.update(zip(blocks, slots, strict=True))
+        self._filling.update(slots)
+        names, fills = self._names, self._fills
         for block, slot in zip(blocks, slots, strict=True):
-            self._names[slot] = block
-            self._fills[slot] = fill
+            names[slot] = block
+            fills[slot] = fill
         if indices:
             before = chain[indices[0] - 1] if indices[0] else after
-            place = None if before is None else ready.get(before, filling.get(before))
+            place = None if before is None else known.get(before)
             self._eviction.add(blocks, slots, depth + indices[0], place)
         return Reservation(indices, slots, evicted)
 
     def _take(self, wanted: int, chain: Sequence[BlockHash]) -> tuple[list[int], list[BlockHash]]:
         """Up to `wanted` slots, free ones first, and the blocks that had to go for the others."""
-        slots = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
+        free, known, names = self._free, self._slots, self._names
+        rest = max(0, len(free) - wanted)
+        slots = free[rest:]
+        slots.reverse()
+        del free[rest:]
         if len(slots) == wanted:
             return slots, []
-        spared = {self._ready[block] for block in chain if block in self._ready}
+        spared = {known[block] for block in chain if block in known}
         victims = self._eviction.victims(wanted - len(slots), spared)
-        evicted: list[BlockHash] = []
-        for slot in victims:
-            block = self._names[slot]
-            assert block is not None, "a slot without a block was to go"
-            del self._ready[block]
-            evicted.append(block)
+        evicted = [block for slot in victims if (block := names[slot]) is not None]
+        assert len(evicted) == len(victims), "a slot without a block was to go"
+        for block in evicted:
+            del known[block]
         return slots + victims, evicted
 
     def commit(self, slots: Sequence[int]) -> list[BlockHash]:
@@ -186,18 +196,13 @@ class Pool:
         `slots` are in chain order. Returns the blocks that became readable: those whose name
         was taken away meanwhile did not, and their slots are free.
         """
-        stored: list[BlockHash] = []
-        shown: list[int] = []
-        for slot in slots:
-            block = self._names[slot]
-            if block is None:
-                self._free.append(slot)
-                continue
-            del self._filling[block]
-            self._ready[block] = slot
-            shown.append(slot)
-            stored.append(block)
-        self._eviction.show(shown)
+        names = self._names
+        stored = [block for slot in slots if (block := names[slot]) is not None]
+        if len(stored) < len(slots):
+            self._free += [slot for slot in slots if names[slot] is None]
+            slots = [slot for slot in slots if names[slot] is not None]
+        self._filling.difference_update(slots)
+        self._eviction.show(slots)
         return stored
 
     def abort(self, slots: Iterable[int]) -> None:
@@ -205,7 +210,8 @@ class Pool:
         for slot in slots:
             block = self._names[slot]
             if block is not None:
-                del self._filling[block]
+                del self._slots[block]
+                self._filling.remove(slot)
                 self._names[slot] = None
                 self._eviction.drop(block, slot)
             self._free.append(slot)
@@ -221,14 +227,13 @@ class Pool:
         free = bytearray(self.capacity)
         for slot in self._free:
             free[slot] = 1
-        ready, filling, names, stamps = self._ready, self._filling, self._names, self._fills
+        known, names, stamps = self._slots, self._names, self._fills
         taken: list[bool] = []
         for block, slot, fill in zip(blocks, slots, fills, strict=True):
-            good = slot < self.capacity and free[slot] == 1 and block not in ready
-            good = good and block not in filling
+            good = slot < self.capacity and free[slot] == 1 and block not in known
             if good:
                 free[slot] = 0
-                ready[block] = slot
+                known[block] = slot
                 names[slot] = block
                 stamps[slot] = fill
             taken.append(good)
@@ -240,19 +245,12 @@ class Pool:
 
     def pin(self, chain: Iterable[BlockHash]) -> list[int]:
         """Keep these readable blocks where they are. Returns their slots."""
-        ready = self._ready
-        return self._pin([ready[block] for block in chain])
+        known = self._slots
+        return self._pin([known[block] for block in chain])
 
     def pin_run(self, chain: Sequence[BlockHash], start: int = 0) -> list[int]:
         """Keep the run of readable blocks that begins at `start`. Returns their slots."""
-        find = self._ready.get
-        slots: list[int] = []
-        for block in islice(chain, start, None):
-            slot = find(block)
-            if slot is None:
-                break
-            slots.append(slot)
-        return self._pin(slots)
+        return self._pin(self._run(chain, start))
 
     def _pin(self, slots: list[int]) -> list[int]:
         pins = self._pins
@@ -285,9 +283,10 @@ class Pool:
 
     def drop(self, block: BlockHash) -> bool:
         """Forget one readable block, whoever may be reading it. False if it is not here."""
-        slot = self._ready.pop(block, None)
+        slot = self._find(block)
         if slot is None:
             return False
+        del self._slots[block]
         self._names[slot] = None
         self._eviction.drop(block, slot)
         if self._pins[slot] == 0:
@@ -300,27 +299,28 @@ class Pool:
         """Forget every block, those being filled included."""
         for block in self.blocks():
             self.drop(block)
-        for block, slot in self._filling.items():
+        for block, slot in self._slots.items():
             self._names[slot] = None
             self._eviction.drop(block, slot)
+        self._slots.clear()
         self._filling.clear()
 
     def check_integrity(self) -> None:
         """Every slot is in exactly one state, and all the tables agree about it."""
         free = set(self._free)
-        ready, filling = set(self._ready.values()), set(self._filling.values())
+        known, filling = set(self._slots.values()), self._filling
+        ready = known - filling
         assert len(free) == len(self._free), "a slot is free twice"
-        assert len(ready) == len(self._ready), "two blocks in one slot"
-        assert len(filling) == len(self._filling), "two blocks filling one slot"
-        assert not free & (ready | filling), "a free slot is in use"
-        assert not ready & filling, "a slot is ready and filling"
+        assert len(known) == len(self._slots), "two blocks in one slot"
+        assert not free & known, "a free slot is in use"
+        assert filling <= known, "a slot is filled with nothing"
         pinned = {slot for slot, pins in enumerate(self._pins) if pins}
         assert all(pins >= 0 for pins in self._pins), "unpinned more often than pinned"
         assert self._pinned == len(pinned), "the count of pinned slots is wrong"
         assert self._pinned_nameless == len(pinned - ready), "the count of nameless slots is wrong"
         assert not pinned & (free | filling), "a pinned slot could be reused"
-        for block, slot in [*self._ready.items(), *self._filling.items()]:
+        for block, slot in self._slots.items():
             assert self._names[slot] == block, "a slot has another name than its block"
         named = {slot for slot, name in enumerate(self._names) if name is not None}
-        assert named == ready | filling, "a slot has a name but no block"
+        assert named == known, "a slot has a name but no block"
         self._eviction.check_integrity(shown=ready - pinned, hidden=(ready & pinned) | filling)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvbm_schemas.block import BlockHash
-from kvbm_service.core.hit_density import AWAITED_BLOCKS, GHOSTS, HitDensity
+from kvbm_service.core.hit_density import AWAITED_SEGMENTS, GHOSTS, HitDensity
 from kvbm_service.core.pool import Pool
 from tests.core.builders import block
 
@@ -52,6 +52,15 @@ def test_what_the_engine_has_made_itself_goes_before_what_it_follows() -> None:
     assert ask(pool, "xyz", 1.0) == [block("abcd"), block("abc"), block("ab")]
 
 
+def test_blocks_that_are_stored_one_by_one_in_any_order_are_of_their_request() -> None:
+    pool = Pool(5)
+    pool.use(path("abcde"), 0.0)
+    for index in (2, 4, 0, 3, 1):
+        pool.commit(pool.reserve([path("abcde")[index]], fill=1).slots)
+        pool.check_integrity()
+    assert ask(pool, "vwxyz", 1.0) == path("abcde")[::-1]
+
+
 def test_a_conversation_that_goes_on_outlives_those_that_did_not() -> None:
     pool = Pool(64)
     now = 0.0
@@ -80,14 +89,14 @@ def test_a_clock_that_stands_still_is_no_trouble() -> None:
 
 
 def test_what_is_remembered_of_the_past_is_limited() -> None:
-    eviction = HitDensity()
+    eviction = HitDensity(8)
     pool = Pool(8, eviction)
     for number in range(GHOSTS + 500):
         pool.use([block(f"{number}")], float(number))
     assert len(eviction._ghosts) <= GHOSTS
     assert len(eviction._tree) <= GHOSTS + 8
-    assert len(eviction._awaited) <= AWAITED_BLOCKS
-    assert sum(map(len, eviction._ageing)) <= 21 * GHOSTS
+    assert len(eviction._awaiting) <= AWAITED_SEGMENTS
+    assert sum(map(len, eviction._odds._ages)) <= GHOSTS + 8
     pool.check_integrity()
 
 
