@@ -154,7 +154,8 @@ class HitDensity:
     def _walk(self, chain: Sequence[BlockHash]) -> tuple[list[_Segment], int]:
         """The segments of the chain's known head, and the head's length.
 
-        One of which the chain has only a part is split.
+        One of which the chain has only a part is split. Names are chained, so that all of a
+        segment is there if its last block is.
         """
         path: dict[_Segment, None] = {}
         known = 0
@@ -162,11 +163,11 @@ class HitDensity:
             segment = self._tree.get(chain[known])
             if segment is None or segment in path:
                 break
-            same = _same(segment.blocks, chain[known : known + len(segment.blocks)])
-            if same < len(segment.blocks):
-                segment = self._split(segment, same)
+            end = known + len(segment.blocks)
+            if end > len(chain) or chain[end - 1] != segment.blocks[-1]:
+                segment = self._split(segment, _same(segment.blocks, chain[known:end]))
             path[segment] = None
-            known += same
+            known += len(segment.blocks)
         return list(path), known
 
     def _split(self, tail: _Segment, count: int) -> _Segment:
