@@ -102,6 +102,12 @@ class Lives:
 
     def hear(self) -> dict[str, Any]:
         """The next thing that any of them says."""
+        while not (line := self._next_line()).startswith(b"{"):
+            pass  # older releases of vLLM log here, too
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def _next_line(self) -> bytes:
         assert self._forge.stdout is not None
         while b"\n" not in self._unread:
             speech, _, _ = select.select([self._forge.stdout], [], [], PATIENCE_SECONDS)
@@ -110,8 +116,7 @@ class Lives:
             assert heard, "the forge has ended"
             self._unread += heard
         line, _, self._unread = self._unread.partition(b"\n")
-        said: dict[str, Any] = json.loads(line)
-        return said
+        return line
 
     def __enter__(self) -> Self:
         return self
