@@ -63,9 +63,10 @@ class Pool:
 
     def readable(self, block: BlockHash) -> bool:
         """Whether the block can be read."""
-        return self._find(block) is not None
+        return self.slot(block) is not None
 
-    def _find(self, block: BlockHash) -> int | None:
+    def slot(self, block: BlockHash) -> int | None:
+        """Where the block can be read."""
         slot = self._slots.get(block)
         return None if slot in self._filling else slot
 
@@ -104,14 +105,14 @@ class Pool:
         """The end of the run that begins at `start`, of blocks readable here and not in `other`."""
         end = start
         for block in islice(chain, start, None):
-            if self._find(block) is None or other._find(block) is not None:
+            if self.slot(block) is None or other.slot(block) is not None:
                 break
             end += 1
         return end
 
     def absent(self, chain: Sequence[BlockHash], indices: Iterable[int]) -> list[int]:
         """Those of `indices` whose block of the chain cannot be read."""
-        return [index for index in indices if self._find(chain[index]) is None]
+        return [index for index in indices if self.slot(chain[index]) is None]
 
     def pinnable(self, chain: Sequence[BlockHash], room: int) -> int:
         """The length of the longest head of this readable chain that pins at most `room` more."""
@@ -283,7 +284,7 @@ class Pool:
 
     def drop(self, block: BlockHash) -> bool:
         """Forget one readable block, whoever may be reading it. False if it is not here."""
-        slot = self._find(block)
+        slot = self.slot(block)
         if slot is None:
             return False
         del self._slots[block]

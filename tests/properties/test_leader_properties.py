@@ -474,7 +474,9 @@ class LeaderMachine(RuleBasedStateMachine):
     @invariant()
     def what_it_has_is_there(self) -> None:
         for tier, pool in self.leader.tiers._pools:
-            for block, slot in pool._ready.items():
+            for block in pool.blocks():
+                slot = pool.slot(block)
+                assert slot is not None
                 label = Label(block, pool._fills[slot])
                 assert self.ranks.holds.get(Spot(tier, slot)) == label
                 assert (Spot(tier, slot), label) not in self.ranks.unreadable

@@ -121,7 +121,7 @@ def _count_nothing_that_is_dropped(patch: Patch) -> None:
 
 
 def _snapshot_with_blocks_on_their_way(patch: Patch) -> None:
-    patch.setattr(pool.Pool, "blocks", lambda self: [*self._ready, *self._filling])
+    patch.setattr(pool.Pool, "blocks", lambda self: [*self._slots])
 
 
 def _apply_over_a_gap(patch: Patch) -> None:

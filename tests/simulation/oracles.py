@@ -12,6 +12,7 @@ from kvbm_schemas.events import BlockEvent, Stored
 from kvbm_schemas.requests import LeaseAnswer, Leased
 from kvbm_service.core.columns import unpack_u32, unpack_u64
 from kvbm_service.core.journal import Journal
+from kvbm_service.core.pool import Pool
 from tests.simulation.demand import Demand
 from tests.simulation.doubts import Doubts, Spot
 from tests.simulation.slots import Label
@@ -205,7 +206,7 @@ class Oracles:
 
     def _holds_what_it_says(self, node: Node, otherwise: str) -> None:
         for tier, pool in node.leader.tiers._pools:
-            for name, slot in pool._ready.items():
+            for name, slot in _readable(pool).items():
                 label = Label(name, pool._fills[slot])
                 self._world.check(self._is_there(node, tier, slot, label), otherwise)
 
@@ -222,7 +223,7 @@ class Oracles:
             return
         pool = node.leader.tiers.pool(event.tier)
         for name in unpack(event.hashes):
-            slot = pool._ready.get(name)
+            slot = pool.slot(name)
             if slot is None:
                 continue  # gone again within the same step
             right = self._is_there(node, event.tier, slot, Label(name, pool._fills[slot]))
@@ -279,7 +280,7 @@ class Oracles:
         held = {
             Spot(tier, slot, pool._fills[slot])
             for tier, pool in leader.tiers._pools
-            for slot in pool._ready.values()
+            for slot in _readable(pool).values()
         }
         doubted = held & self._doubts_of(node).spots
         check(not doubted, f"{node.name} believes what could not be read")
@@ -304,3 +305,8 @@ def _copies(node: Node) -> frozenset[Copy]:
     return frozenset(
         (block, tier) for tier, pool in node.leader.tiers._pools for block in pool.blocks()
     )
+
+
+def _readable(pool: Pool) -> dict[BlockHash, int]:
+    """Every block that can be read, and its slot."""
+    return {block: slot for block, slot in pool._slots.items() if slot not in pool._filling}

@@ -146,7 +146,7 @@ def _lend_what_is_on_its_way(patch: Patch) -> None:
         for block in chain:
             if block not in host:
                 break
-            slots.append(host._ready.get(block, host._filling.get(block, 0)))
+            slots.append(host._slots[block])
         ready = [block for block in chain[: len(slots)] if host.readable(block)]
         self.leases.grant(token, host.pin(ready), now + self._limits.lease_seconds)
         return Leased(
