@@ -58,12 +58,17 @@ HEADER_WORDS = HEADER.itemsize // 8
 
 PAGE_BYTES = HEADER_PAGE * HEADER.itemsize
 
-NIXL_ERRORS: tuple[type[Exception], ...] = tuple(
-    kind
-    for kind in vars(nixl._bindings).values()
-    if isinstance(kind, type) and issubclass(kind, Exception)
+NIXL_ERRORS: tuple[type[Exception], ...] = (
+    *(
+        kind
+        for kind in vars(nixl._bindings).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    ),
+    RuntimeError,
 )
-"""NIXL's exceptions have no common base of their own."""
+"""NIXL's exceptions have no common base of their own. In a process that has loaded certain other
+extension modules, they arrive as plain RuntimeError: those modules translate C++ exceptions, too,
+and whoever came last is asked first."""
 
 
 def new_agent(name: str) -> Any:
