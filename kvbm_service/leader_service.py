@@ -185,7 +185,6 @@ class LeaderService:
     def store(
         self,
         request: str,
-        depth: int,
         after: BlockHash | None,
         chain: Sequence[BlockHash],
         device_blocks: Sequence[int],
@@ -194,7 +193,7 @@ class LeaderService:
         nothing: tuple[int, list[int]] = (len(chain), [])
         return self._with_core(
             lambda core: core.store(
-                chain, device_blocks, request=request, depth=depth, after=after
+                chain, device_blocks, request=request, after=after
             ),
             nothing,
         )

@@ -165,7 +165,7 @@ class SchedulerSide:
             return
         chain, device_blocks = names[first:last], followed.device_blocks[first:last]
         after = names[first - 1] if first else None
-        dealt_with, held = self._leader.store(request_id, first, after, chain, device_blocks)
+        dealt_with, held = self._leader.store(request_id, after, chain, device_blocks)
         if held:
             self._hold(held)
             self._events.offered(followed.request, first, first + dealt_with)

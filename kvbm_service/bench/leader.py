@@ -79,7 +79,7 @@ def _floor(chain: list[BlockHash], known: dict[BlockHash, int]) -> list[int]:
 def _save(
     leader: LeaderService, request: str, chain: list[BlockHash], device_blocks: list[int]
 ) -> None:
-    leader.store(request, 0, None, chain, device_blocks)
+    leader.store(request, None, chain, device_blocks)
     commands = _across(leader.take_commands(), StepCommands)
     moved = tuple(Moved(op=save.op) for save in commands.saves)
     leader.report([_across(StepResults(rank=0, moved=moved), StepResults)])

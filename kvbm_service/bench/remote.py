@@ -89,7 +89,7 @@ class _Node:
 
     def save(self, chain: list[BlockHash]) -> None:
         """Compute (nothing) and save a chain."""
-        self._leader.store("", 0, None, chain, list(range(len(chain))))
+        self._leader.store("", None, chain, list(range(len(chain))))
         self._settle()
 
     def wait_until_readable(self) -> None:

@@ -28,13 +28,10 @@ class Eviction(Protocol):
         `now` is in seconds and never goes back.
         """
 
-    def add(
-        self, blocks: Sequence[BlockHash], slots: Sequence[int], depth: int, after: int | None
-    ) -> None:
+    def add(self, blocks: Sequence[BlockHash], slots: Sequence[int], after: int | None) -> None:
         """These blocks, in chain order, are about to fill these slots; hidden until shown.
 
-        `depth`: the place of the first of them in its request; `after`: the slot of the block
-        before it, if that is known.
+        `after`: the slot of the block before the first of them, if that is known.
         """
 
     def adopt(self, blocks: Sequence[BlockHash], slots: Sequence[int]) -> None:

@@ -245,9 +245,7 @@ class HitDensity:
 
     # -- slots -----------------------------------------------------------------------
 
-    def add(
-        self, blocks: Sequence[BlockHash], slots: Sequence[int], depth: int, after: int | None
-    ) -> None:
+    def add(self, blocks: Sequence[BlockHash], slots: Sequence[int], after: int | None) -> None:
         """They are stored in the segments of the request that had them."""
         self._hidden.update(slots)
         segment = None if after is None else self._segments[after]

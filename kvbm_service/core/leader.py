@@ -144,13 +144,12 @@ class Leader:
         device_blocks: Sequence[int],
         *,
         request: str = "",
-        depth: int = 0,
         after: BlockHash | None = None,
         priorities: Sequence[int] | None = None,
     ) -> tuple[int, list[int]]:
         """The engine computes these full blocks in the coming step; save those not here yet.
 
-        `chain[0]` is block number `depth` of `request`, and follows `after`. Engines that have
+        `chain[0]` follows the block `after` of `request`. Engines that have
         no priorities give none. Returns how many blocks are dealt with (offer the rest again),
         and the device blocks that must not be reused until `take_freed_blocks` returns them.
         """
@@ -170,7 +169,7 @@ class Leader:
         offered = offered[:head]
         op = self.orders.save_op
         taken = self.tiers.reserve(
-            self._save_to, [chain[index] for index in offered], op, depth, after
+            self._save_to, [chain[index] for index in offered], op, after
         )
         indices = [offered[position] for position in taken.indices]
         held = [device_blocks[index] for index in indices]

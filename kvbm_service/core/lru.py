@@ -26,16 +26,14 @@ class Lru:
             if slot is not None and slot in self._shown:
                 self._shown.move_to_end(slot)
 
-    def add(
-        self, blocks: Sequence[BlockHash], slots: Sequence[int], depth: int, after: int | None
-    ) -> None:
+    def add(self, blocks: Sequence[BlockHash], slots: Sequence[int], after: int | None) -> None:
         """A hidden slot has no place in the queue."""
         self._slots.update(zip(blocks, slots, strict=True))
         self._blocks.update(zip(slots, blocks, strict=True))
 
     def adopt(self, blocks: Sequence[BlockHash], slots: Sequence[int]) -> None:
         """The oldest is the first to go."""
-        self.add(blocks, slots, 0, None)
+        self.add(blocks, slots, None)
         self._shown.update(dict.fromkeys(slots))
 
     def show(self, slots: Sequence[int]) -> None:

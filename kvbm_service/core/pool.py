@@ -142,18 +142,13 @@ class Pool:
     # -- filling -------------------------------------------------------------------
 
     def reserve(
-        self,
-        chain: Sequence[BlockHash],
-        fill: int,
-        depth: int = 0,
-        after: BlockHash | None = None,
+        self, chain: Sequence[BlockHash], fill: int, after: BlockHash | None = None
     ) -> Reservation:
         """Take slots for the blocks of `chain` that are not here, in order, evicting as needed.
 
         Takes as many as there is room for; blocks of the chain that are here already are not
-        evicted for its others. `depth` is the place of `chain[0]` in its request, and `after`
-        the block before it: to be given for blocks that were in no `use`, so that they are
-        evicted before it.
+        evicted for its others. `after` is the block before `chain[0]` in its request: to be
+        given for blocks that were in no `use`, so that they are evicted before it.
         """
         known = self._slots
         absent = {block: index for index, block in enumerate(chain) if block not in known}
@@ -171,7 +166,7 @@ class Pool:
         if indices:
             before = chain[indices[0] - 1] if indices[0] else after
             place = None if before is None else known.get(before)
-            self._eviction.add(blocks, slots, depth + indices[0], place)
+            self._eviction.add(blocks, slots, place)
         return Reservation(indices, slots, evicted)
 
     def _take(self, wanted: int, chain: Sequence[BlockHash]) -> tuple[list[int], list[BlockHash]]:

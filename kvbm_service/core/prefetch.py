@@ -94,7 +94,7 @@ class Prefetch:
         if not wanted:
             return
         op = self._orders.next_op()
-        taken = self._tiers.reserve(Tier.HOST, wanted, op, run.start)
+        taken = self._tiers.reserve(Tier.HOST, wanted, op)
         blocks = [wanted[index] for index in taken.indices]
         if not blocks:
             return
@@ -149,7 +149,7 @@ class Prefetch:
             return True
         op = self._orders.next_op()
         leased = asked.blocks[: len(grant.slots)]
-        taken = self._tiers.reserve(Tier.HOST, leased, op, asked.start)
+        taken = self._tiers.reserve(Tier.HOST, leased, op)
         if not taken.slots:
             effects.append(GiveBack(asked.node, answer.lease))
             return True

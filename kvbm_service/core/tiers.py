@@ -116,11 +116,10 @@ class Tiers:
         tier: Tier,
         chain: Sequence[BlockHash],
         fill: int,
-        depth: int = 0,
         after: BlockHash | None = None,
     ) -> Reservation:
         """Take slots for the blocks of `chain` that are not in the tier; see `Pool.reserve`."""
-        taken = self.pool(tier).reserve(chain, fill, depth, after)
+        taken = self.pool(tier).reserve(chain, fill, after)
         if taken.evicted:
             self.evicted[tier] += len(taken.evicted)
             self._journal.removed(taken.evicted, tier)

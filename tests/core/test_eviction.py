@@ -46,7 +46,7 @@ def test_what_the_engine_has_made_itself_goes_before_what_it_follows() -> None:
     ask(pool, "ab", 0.0)
     for end in (3, 4):
         chain = path("abcd")
-        slots = pool.reserve(chain[end - 1 : end], 2, end - 1, after=chain[end - 2]).slots
+        slots = pool.reserve(chain[end - 1 : end], 2, after=chain[end - 2]).slots
         pool.commit(slots)
         pool.check_integrity()
     assert ask(pool, "xyz", 1.0) == [block("abcd"), block("abc"), block("ab")]

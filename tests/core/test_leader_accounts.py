@@ -227,7 +227,7 @@ def test_a_request_of_low_priority_is_told_of_once_and_saved_up_to_there() -> No
     stored = rig.leader.store(chain("abc"), [1, 2, 3], request="r", priorities=[5, 4, 9])
     assert stored == (3, [1])
     assert rig.accounts(Refusal) == [Refusal("priority", 2)]
-    later = rig.leader.store(chain("de"), [4, 5], request="r", depth=3, priorities=[9, 9])
+    later = rig.leader.store(chain("de"), [4, 5], request="r", priorities=[9, 9])
     assert later == (2, [])
     assert rig.accounts(Refusal) == []
     rig.leader.finish("r")

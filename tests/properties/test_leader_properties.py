@@ -232,11 +232,11 @@ class LeaderMachine(RuleBasedStateMachine):
         assert sum(len(unpack(read.hashes)) for read in reads) == len(gets)
         assert all(0 < read.seconds <= LEASE_SECONDS for read in load.remote)
 
-    @rule(wanted=chains, request=st.sampled_from(["", *REQUESTS]), depth=st.integers(0, 3))
-    def store(self, wanted: list[BlockHash], request: str = "", depth: int = 0) -> None:
+    @rule(wanted=chains, request=st.sampled_from(["", *REQUESTS]))
+    def store(self, wanted: list[BlockHash], request: str = "") -> None:
         device_blocks = [1000 + self.number() for _ in wanted]
         dealt_with, held = self.leader.store(
-            wanted, device_blocks, request=request, depth=depth
+            wanted, device_blocks, request=request
         )
         assert 0 <= dealt_with <= len(wanted)
         assert set(held) <= set(device_blocks)

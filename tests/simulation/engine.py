@@ -213,7 +213,7 @@ class Engine:
         offer = slice(request.offered, request.computed)
         dealt_with, held = self._node.leader.store(
             request.chain[offer], request.blocks[offer],
-            request=request.name, depth=request.offered,
+            request=request.name,
         )  # fmt: skip
         request.offered += dealt_with
         self.pool.hold(held)

@@ -200,7 +200,7 @@ def _say_nothing_of_what_makes_room(patch: Patch) -> None:
     patch.setattr(
         tiers.Tiers,
         "reserve",
-        lambda self, tier, chain, fill, depth=0, after=None: self.pool(tier).reserve(chain, fill),
+        lambda self, tier, chain, fill, after=None: self.pool(tier).reserve(chain, fill),
     )
 
 

@@ -157,7 +157,7 @@ def _leader(url: str) -> LeaderService:
         chosen, SCOPE, NODE, 1, over_nats(chosen, "wire test"), instance=RANK.instance
     )
     leader.attach(RANK)
-    leader.store("request", 0, None, CHAIN, list(range(len(CHAIN))))
+    leader.store("request", None, CHAIN, list(range(len(CHAIN))))
     saves = leader.take_commands().saves
     leader.report([StepResults(rank=0, moved=tuple(Moved(op=save.op) for save in saves))])
     leader.start()
