@@ -68,7 +68,7 @@ def node_options(model: Path, log: Path, url: str, name: str, **changed: Any) ->
             "device_blocks": DEVICE_BLOCKS,
             "connector": {key: value for key, value in connector.items() if value is not None},
             "arguments": arguments,
-            "environment": {"PYTHONPATH": os.pathsep.join(paths)},
+            "environment": {"PYTHONPATH": os.pathsep.join(paths), "VLLM_LOGGING_LEVEL": "INFO"},
         }
         | changed
     )

@@ -69,7 +69,8 @@ class Option:
                     device_blocks=DEVICE_BLOCKS,
                     connector={},
                     cores=self._cores,
-                    environment=self._chosen | {"PYTHONPATH": os.pathsep.join(probe)},
+                    environment=self._chosen
+                    | {"PYTHONPATH": os.pathsep.join(probe), "VLLM_LOGGING_LEVEL": "INFO"},
                     arguments={"worker_extension_cls": "worker_probe.Probe"},
                 )
             )
