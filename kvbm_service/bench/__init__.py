@@ -1,4 +1,4 @@
 """Benchmarks: every figure beside a yardstick measured in the same run."""
 
-GROUPS = ("transfers", "remote", "disk", "leader", "registry", "engines")
+GROUPS = ("transfers", "remote", "disk", "leader", "registry", "replay", "engines")
 """What can be measured, in this order."""

@@ -55,6 +55,10 @@ def _measure(group: str, say: Callable[[str], None]) -> list[Row]:
             from kvbm_service.bench import registry
 
             return registry.rows()
+        case "replay":
+            from kvbm_service.bench import replay
+
+            return replay.rows()
         case "engines":
             from kvbm_service.bench import engines
 
