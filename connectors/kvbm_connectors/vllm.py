@@ -4,8 +4,8 @@
         "kv_connector_module_path": "kvbm_connectors.vllm", "kv_load_failure_policy": "recompute"}'
 
 vLLM makes one in its scheduler's process, which hosts the node's leader, and one in each
-worker's process, which hosts that rank's host tier. Runs on vLLM 0.29 to 0.32; what differs
-between releases is in `_Releases`.
+worker's process, which hosts that rank's tiers. Runs on vLLM 0.29 to 0.32; the older
+of these do not ask all that is answered here.
 """
 
 from __future__ import annotations
@@ -172,11 +172,11 @@ class KvbmConnector(KVConnectorBase_V1):
         return self._scheduler.holds_blocks
 
     def take_events(self) -> Iterable[KVCacheEvent]:
-        """The host tier's part of vLLM's KV event stream."""
+        """Our tiers' part of vLLM's KV event stream."""
         return self._scheduler.take_events()
 
     def reset_cache(self) -> bool | None:
-        """Forget every block of this node."""
+        """Forget every block of this node, for later lives, too."""
         self._scheduler.reset()
         return True
 
@@ -199,7 +199,7 @@ class KvbmConnector(KVConnectorBase_V1):
     # -- worker side -------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Allocates this rank's host tier."""
+        """Allocates this rank's share of the tiers."""
         self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

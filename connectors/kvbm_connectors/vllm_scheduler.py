@@ -72,7 +72,7 @@ class SchedulerSide:
         self._pool = pool
 
     def meet_ranks(self, handshakes: Iterable[KvbmHandshake]) -> None:
-        """All ranks of the engine have allocated their host tiers."""
+        """All ranks of the engine have allocated their tiers."""
         for handshake in handshakes:
             self._leader.attach(handshake.record, handshake.survivors)
 

@@ -37,7 +37,7 @@ class WorkerSide:
         self._collected: StepResults | None = None
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """vLLM has allocated its KV tensors: allocate the host tier that goes with them."""
+        """vLLM has allocated its KV tensors: allocate the tiers that go with them."""
         assert self._worker is None, "the KV tensors were registered twice"
         from kvbm_service.host_worker import start_worker
 

@@ -2,7 +2,7 @@
 
     <root>/kvbm-<namespace>-<fingerprint>/claims      locked while someone looks for a home
                                          /0/owner     locked by everyone who lives there
-                                         /0/turn      locked by whoever allocates something
+                                         /0/turn      locked by the rank that allocates its slab
                                          /0/…         what they keep
                                          /1/…
 

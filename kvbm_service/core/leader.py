@@ -149,9 +149,9 @@ class Leader:
     ) -> tuple[int, list[int]]:
         """The engine computes these full blocks in the coming step; save those not here yet.
 
-        `chain[0]` follows the block `after` of `request`. Engines that have
-        no priorities give none. Returns how many blocks are dealt with (offer the rest again),
-        and the device blocks that must not be reused until `take_freed_blocks` returns them.
+        `chain[0]` follows the block `after` of `request`. Engines that have no priorities give
+        none. Returns how many blocks are dealt with (offer the rest again), and the device
+        blocks that must not be reused until `take_freed_blocks` returns them.
         """
         if not self.tiers.has(self._save_to):
             return len(chain), []
