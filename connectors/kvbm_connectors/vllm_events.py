@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvbm_connectors.vllm_layout import name_of
 from kvbm_schemas.block import BlockHash, Tier, unpack
-from kvbm_schemas.events import BlockEvent, Cleared, Removed, Stored
+from kvbm_schemas.events import BlockEvent, Removed, Stored
 from kvbm_service.leader_service import LeaderService
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ being copied stay until the copy is done.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -121,7 +118,8 @@ class SchedulerSide:
 
     def hit_tokens(self, request: Request) -> Hits:
         """Tokens of the request's load, by where they come from."""
-        return Hits(*(blocks * self._block_size for blocks in self._leader.hits(request.request_id)))
+        hits = self._leader.hits(request.request_id)
+        return Hits(*(blocks * self._block_size for blocks in hits))
 
     def finished(self, request: Request) -> None:
         """The request is over."""

@@ -5,7 +5,6 @@ vLLM calls it around each forward pass; all work happens on the worker service's
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,8 +18,6 @@ from kvbm_service.worker_service import RankId, WorkerService
 
 if TYPE_CHECKING:
     import torch
-
-_log = logging.getLogger(__name__)
 
 
 class WorkerSide:

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import nats.errors
 import nats.js.errors
@@ -47,12 +47,6 @@ _WRONG_LAST_SEQUENCE = (10071, 10164)
 _EXISTS_ALREADY = 10058
 _NO_SUCH_STREAM = 10059
 _BUCKET = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-class _Lost(NamedTuple):
-    """In place of a message: there will be no more."""
-
-    why: str
 
 
 class _Reader:
