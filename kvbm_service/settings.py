@@ -220,7 +220,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE",
             whole(1, 4096, "blocks"),
-            "How many blocks one such copy takes.",
+            "How many blocks one such copy takes at most.",
         ),
     ] = 16
     prefetch_share: Annotated[
