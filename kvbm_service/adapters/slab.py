@@ -25,20 +25,15 @@ import numpy.typing as npt
 
 from kvbm_schemas.records import SlabRecord
 from kvbm_service.adapters import slab_memory
+from kvbm_service.adapters.contents import contents
 from kvbm_service.adapters.disk import Contents
 from kvbm_service.adapters.mover import HEADER, HEADER_PAGE, Blocks, Indices, Mask
 
 Headers = npt.NDArray[np.void]
 """An array of `HEADER`."""
 
-Words = npt.NDArray[np.uint64]
-"""One of the two words of each name."""
-
 EMPTY_FILL = 0
 """The fill stamp of a header that names nothing."""
-
-_ODD = np.uint64(0x9E3779B97F4A7C15)
-"""Spreads one word of a name over the other."""
 
 
 class Slab:
@@ -80,17 +75,7 @@ class Slab:
 
     def contents(self) -> Contents:
         """What an earlier life left here. Ask before the first write."""
-        slots = np.flatnonzero(self.headers["fill"] != EMPTY_FILL)
-        slots = slots[np.argsort(self.headers["fill"][slots], kind="stable")]
-        hashes = self.headers["hash"]
-        words = hashes[:, 0][slots], hashes[:, 1][slots]  # several times faster than rows
-        newest = _last_of_each(*words)
-        slots = slots[newest]
-        return Contents(
-            hashes=np.stack([word[newest] for word in words], axis=1),
-            fills=self.headers["fill"][slots],
-            slots=slots.astype(np.uint32),
-        )
+        return contents(self.headers["hash"], self.headers["fill"])
 
     def forget(self) -> None:
         """Let no later life find what is here. This one goes on with it."""
@@ -134,16 +119,3 @@ def names(headers: Headers, blocks: Blocks) -> Mask:
     """True where a header names exactly the block expected, with the fill stamp expected."""
     same = (headers["hash"] == blocks.hashes).all(axis=1)
     return np.asarray(same & (headers["fill"] == blocks.fills), np.bool_)
-
-
-def _last_of_each(first: Words, second: Words) -> Mask:
-    """True for the last of each name that occurs, as told by a mixture of its two words.
-
-    Names that differ mix to the same word as good as never, and then a block is lost.
-    """
-    mixed = first ^ second * _ODD
-    order = np.argsort(mixed, kind="stable")
-    in_order = mixed[order]
-    last = np.ones(len(mixed), np.bool_)
-    last[order[:-1][in_order[1:] == in_order[:-1]]] = False
-    return last
