@@ -11,11 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from kvbm_schemas.step import Moved
+from kvbm_service.core.columns import pack_u32
 
 Tell = Callable[[Moved], None]
 
 MAX_REMEMBERED = 4096
-"""Fetches whose outcome is remembered. An older one that comes again is ignored."""
+"""Fetches whose outcome is remembered. An older one that comes again counts as failed."""
 
 
 class Fetched:
@@ -29,8 +30,12 @@ class Fetched:
         self._forgotten = 0
         """Ops up to this one may have been carried out and forgotten."""
 
-    def begin(self, op: int, tell: Tell) -> bool:
-        """Whether `op` is to be carried out now. Whenever its outcome is known, `tell` hears it."""
+    def begin(self, op: int, tell: Tell, blocks: int) -> bool:
+        """Whether `op` is to be carried out now. Whenever its outcome is known, `tell` hears it.
+
+        Of one too old to be remembered, `tell` hears that none of its `blocks` came: either the
+        leader knows its outcome, and does not listen, or it was never begun.
+        """
         with self._lock:
             if op in self._waiting:
                 self._waiting[op].append(tell)
@@ -39,8 +44,7 @@ class Fetched:
             if outcome is None and op > self._forgotten:
                 self._waiting[op] = [tell]
                 return True
-        if outcome is not None:
-            tell(outcome)
+        tell(outcome or Moved(op=op, failed=pack_u32(range(blocks)), reason="too old"))
         return False
 
     def end(self, outcome: Moved) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,7 @@ from kvbm_service.adapters.affinity import every_cpu
 from kvbm_service.adapters.copies import Copies, CpuCopies
 from kvbm_service.adapters.disk import Contents
 from kvbm_service.adapters.disk_tier import DiskTier
-from kvbm_service.adapters.homes import Home
+from kvbm_service.adapters.homes import Home, begin_generation, generation
 from kvbm_service.adapters.host_tier import HostTier, parts
 from kvbm_service.adapters.nixl_mover import NixlMover
 from kvbm_service.adapters.slab import Slab
@@ -82,11 +83,20 @@ def start_worker(
         mover,
         disk,
         survivors=survivors,
-        forget=_all(slab.forget, *([disk.forget] if disk else [])),
+        forget=_all(
+            *(partial(begin_generation, Path(root), rank.scope) for root in _roots(settings)),
+            slab.forget,
+            *([disk.forget] if disk else []),
+        ),
         scope=rank.scope,
         connect=connect,
         close=_all(slab.close, *(one.close for one in (shared, home) if one is not None)),
     )
+
+
+def _roots(settings: Settings) -> list[str]:
+    """Where engines of this machine keep tiers, this one's or not."""
+    return [root for root in (settings.host_cache_dir, settings.disk_cache_dir) if root]
 
 
 def _home(settings: Settings, field: str, rank: RankId) -> Home | None:
@@ -110,7 +120,7 @@ def _slab(
     gigabytes = slots * sum(lengths) / 1e9
     _log.info("rank %d: host tier of %d blocks, %.2f GB", rank.number, slots, gigabytes)
     file = home.path / f"rank-{rank.number}.slab" if home else None
-    return Slab(slots, lengths, file, identity=_identity(rank, layout))
+    return Slab(slots, lengths, file, identity=_identity(rank, layout, home))
 
 
 def _disk(
@@ -131,7 +141,7 @@ def _disk(
         rank.number,
         slots,
         host,
-        identity=_identity(rank, layout),
+        identity=_identity(rank, layout, home),
         batch_blocks=settings.max_transfer_batch_size,
         batches=settings.max_concurrent_transfers,
         direct=not settings.disk_disable_o_direct,
@@ -145,9 +155,11 @@ def _staging_slots(settings: Settings) -> int:
     return settings.max_transfer_batch_size * settings.max_concurrent_transfers
 
 
-def _identity(rank: RankId, layout: str) -> str:
+def _identity(rank: RankId, layout: str, home: Home | None) -> str:
     """What must be equal for the bytes of an earlier life to be those of this one."""
-    return "/".join([*rank.scope, f"{rank.number}of{rank.world_size}", layout])
+    life = generation(home.path) if home else ""
+    place = f"{rank.number}of{rank.world_size}"
+    return "/".join([*rank.scope, place, layout, rank.weights, life])
 
 
 def _survivors(tier: Tier, contents: Contents) -> Survivors:

@@ -43,7 +43,7 @@ from kvbm_service.core.effects import (
     TellRanks,
 )
 from kvbm_service.core.leader import Leader
-from kvbm_service.errors import BusError, BusUnavailable, DirectoryError, LayoutError, RanksMissing
+from kvbm_service.errors import BusError, DirectoryError, LayoutError, RanksMissing
 from kvbm_service.network import Connect, Network
 from kvbm_service.presence import decode_record, join, stop_if_cancelled
 
@@ -151,7 +151,7 @@ class LeaderBus:
 
     async def _publish(self, subject: str, message: Message) -> None:
         # Events carry numbers, so whoever listens will notice; and leases end by themselves.
-        with contextlib.suppress(BusUnavailable):
+        with contextlib.suppress(BusError):
             await self._bus.publish(subject, self._encode(message))
 
     async def _ask(self, question: AskRegistry | AskOwner | TellRanks) -> None:
@@ -162,6 +162,9 @@ class LeaderBus:
                 await self._tell_ranks(question)
             else:
                 await self._ask_owner(question)
+        except asyncio.CancelledError:
+            self._tell_unanswered(question)  # lest the core waits for ever
+            raise
         finally:
             self._questions -= 1
 

@@ -58,6 +58,8 @@ class RankId(NamedTuple):
     world_size: int
     instance: str
     """The engine's present life, as its leader names it."""
+    weights: str = ""
+    """A digest of the model's files: an engine with others must not believe what it finds."""
 
 
 @dataclass
@@ -99,6 +101,7 @@ class WorkerService:
         self._moved: list[Moved] = []
         self._loads: list[LoadResult] = []
         self._disk_lost = ""
+        self._said_disk_lost = False
         self._fetched = Fetched()
         self._copies = Lane("kvbm-copies")
         self._reads = Lane("kvbm-reads", idle=mover.progress)
@@ -115,7 +118,7 @@ class WorkerService:
     def submit(self, commands: StepCommands) -> None:
         """Take over what the leader wants done, after the device work that is queued now."""
         if commands.forget:
-            self._forget()
+            self._forget_for_good()
         for agent in commands.gone:
             self._reads.add(Job(partial(self._mover.forget, agent), _warn))
         for peer in commands.peers:
@@ -133,8 +136,10 @@ class WorkerService:
     def collect(self) -> StepResults | None:
         """What has been finished since the last call, if anything."""
         with self._lock:
-            if not (self._moved or self._loads):
+            news = bool(self._disk_lost) and not self._said_disk_lost
+            if not (self._moved or self._loads or news):
                 return None
+            self._said_disk_lost = bool(self._disk_lost)
             results = StepResults(
                 rank=self.record.rank,
                 moved=tuple(self._moved),
@@ -194,7 +199,8 @@ class WorkerService:
 
     def _fetch(self, fetch: Fetch, tell: Callable[[Moved], None]) -> None:
         """Each op is carried out once, by whatever way and how often it comes."""
-        if self._fetched.begin(fetch.op, tell):
+        count = len(fetch.host) // 4
+        if self._fetched.begin(fetch.op, tell, count):
             hop = _hop(fetch.hashes, fetch.fills, fetch.disk, fetch.host, fetch.op)
             run = partial(self._with_disk, lambda disk: disk.fetch(hop))
             self._move(self._disk_reads, fetch.op, len(hop.source), run, self._fetched.end)
@@ -314,6 +320,15 @@ class WorkerService:
         if self._disk is None:
             raise TransferError(NO_DISK)
         return use(self._disk)
+
+    def _forget_for_good(self) -> None:
+        try:
+            self._forget()
+        except OSError as error:
+            _log.error(
+                "a later engine may find blocks of before this reset: %s cannot be written (%s); "
+                "remove it before the next start", error.filename, error.strerror,
+            )  # fmt: skip
 
     def _note(self, error: TransferError) -> None:
         """A disk that has failed for good is given up, which is said once."""

@@ -91,7 +91,14 @@ class KvbmConnector(KVConnectorBase_V1):
             number = vllm_config.parallel_config.rank
             self._worker_side = WorkerSide(
                 settings,
-                RankId(scope, node, number, world_size, vllm_layout.instance(vllm_config)),
+                RankId(
+                    scope,
+                    node,
+                    number,
+                    world_size,
+                    vllm_layout.instance(vllm_config),
+                    vllm_layout.weights(vllm_config),
+                ),
                 kv_cache_config.num_blocks,
                 over_nats(settings, f"kvbm worker {node} rank {number}"),
             )

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +19,8 @@ from kvbm_service.settings import Settings
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 FINGERPRINT_HEX_DIGITS = 16
 
@@ -130,6 +133,19 @@ def instance(config: VllmConfig) -> str:
     rank = config.parallel_config.data_parallel_rank
     described = f"{transfer.engine_id}/{config.instance_id}/{rank}"
     return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def weights(config: VllmConfig) -> str:
+    """A digest of a local model's weight files by size and time; empty for others' models.
+
+    A name says nothing of weights that were replaced under it while no engine ran.
+    """
+    folder = Path(config.model_config.model)
+    files = sorted(path for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES)
+    if not files:
+        return ""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(msgspec.json.encode(stats)).hexdigest()[:16]
 
 
 def name_of(block_hash: bytes) -> BlockHash:

@@ -1,6 +1,7 @@
 """Homes: directories that one engine owns while it lives, and another one finds after it.
 
     <root>/kvbm-<namespace>-<fingerprint>/claims      locked while someone looks for a home
+                                         /generation  another one after each reset of a cache
                                          /0/owner     locked by everyone who lives there
                                          /0/turn      locked by the rank that allocates its slab
                                          /0/…         what they keep
@@ -25,6 +26,7 @@ import os
 import shutil
 import stat
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +49,7 @@ MAX_INSTANCE_BYTES = 4096
 
 _OWNER = "owner"
 _CLAIMS = "claims"
+_GENERATION = "generation"
 _TURN = "turn"
 _PREFIX = "kvbm-"
 
@@ -72,7 +75,7 @@ class Home:
         """
         ours = instance.encode()
         assert 0 < len(ours) <= MAX_INSTANCE_BYTES
-        street = root / f"{_PREFIX}{scope.namespace}-{scope.fingerprint}"
+        street = _street(root, scope)
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             _make_private(street)
@@ -131,6 +134,34 @@ def turn(home: Path) -> Iterator[None]:
         raise OSError(errno.ENOLCK, str(error)) from error
     finally:
         lock.close()
+
+
+def generation(home: Path) -> str:
+    """What is kept in a home is to be believed only in the generation in which it was written."""
+    try:
+        return (home.parent / _GENERATION).read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def begin_generation(root: Path, scope: Scope) -> None:
+    """Let no later life believe what any home of `scope` under `root` holds by now.
+
+    Homes that others live in, or have left, are meant as well.
+
+    Raises:
+        OSError: it cannot be written down.
+    """
+    street = _street(root, scope)
+    if street.is_dir():
+        new = uuid.uuid4().hex
+        written = street / f"{_GENERATION}-{new}"
+        written.write_text(new)
+        written.rename(street / _GENERATION)
+
+
+def _street(root: Path, scope: Scope) -> Path:
+    return root / f"{_PREFIX}{scope.namespace}-{scope.fingerprint}"
 
 
 def root_of(home: Path) -> Path:

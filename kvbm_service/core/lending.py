@@ -122,7 +122,7 @@ class Lending:
     @property
     def _room(self) -> int:
         host = self._tiers.host
-        return int(host.capacity * LEASABLE_SHARE) - host.pinned
+        return int(host.capacity * LEASABLE_SHARE) - host.pinned - len(self._coming)
 
     def _stage(self, chain: Sequence[BlockHash], effects: list[Effect]) -> set[int]:
         """Begin to bring up what only the disk has. Returns the fetches to be waited for."""

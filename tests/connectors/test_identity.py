@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
+from kvbm_connectors.vllm_layout import weights
 from kvbm_service.errors import LayoutError, SettingError
 from tests.connectors.engine import BLOCK, Engine, full_attention, prompt
 
@@ -25,6 +29,22 @@ def said() -> Iterator[list[str]]:
     log.addHandler(listener)
     yield lines
     log.removeHandler(listener)
+
+
+def test_a_model_whose_weights_were_replaced_is_another_one_to_what_survives(
+    make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    config = make_engine().config
+    config.model_config = copy.copy(config.model_config)
+    config.model_config.model = str(tmp_path)
+    assert weights(config) == ""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"old")
+    before = weights(config)
+    assert before == weights(config) != ""
+    file.write_bytes(b"new")
+    os.utime(file, (1, 1))
+    assert weights(config) != before
 
 
 def test_tenants_with_different_salts_do_not_share_blocks(make_engine: MakeEngine) -> None:

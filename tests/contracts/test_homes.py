@@ -16,7 +16,7 @@ import pytest
 
 from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters import homes
-from kvbm_service.adapters.homes import Home, make_room, root_of
+from kvbm_service.adapters.homes import Home, begin_generation, generation, make_room, root_of
 from kvbm_service.errors import LayoutError
 
 SCOPE = Scope("tests", "f00d")
@@ -338,3 +338,18 @@ def test_making_room_removes_nothing_that_is_not_a_home_of_ours(tmp_path: Path) 
     assert not make_room(tmp_path, lambda: False)
     assert all((path / "file").exists() for path in others)
     assert (shared / "0").exists()
+
+
+def test_after_a_reset_no_home_of_the_scope_is_believed_whoever_lives_in_it(tmp_path: Path) -> None:
+    ours, others = (Home.claim(tmp_path, SCOPE, life, "A_SETTING") for life in ("ours", "others"))
+    elsewhere = Home.claim(tmp_path, Scope("default", "another"), "theirs", "A_SETTING")
+    before = [generation(home.path) for home in (ours, others, elsewhere)]
+    begin_generation(tmp_path, SCOPE)
+    begin_generation(tmp_path, Scope("default", "that nobody has"))
+    after = [generation(home.path) for home in (ours, others, elsewhere)]
+    assert after[0] == after[1]
+    assert after[0] != before[0]
+    assert after[2] == before[2]
+    for home in (ours, others, elsewhere):
+        home.close()
+    assert Home.claim(tmp_path, SCOPE, "next", "A_SETTING").path == ours.path

@@ -8,6 +8,7 @@ import pytest
 
 from kvbm_schemas.step import Moved
 from kvbm_service import fetched as fetched_module
+from kvbm_service.core.columns import pack_u32
 from kvbm_service.fetched import Fetched
 
 DONE = Moved(op=1, seconds=0.5)
@@ -15,7 +16,7 @@ DONE = Moved(op=1, seconds=0.5)
 
 def test_a_fetch_is_carried_out_and_whoever_asked_is_told() -> None:
     fetched, heard = Fetched(), list[Moved]()
-    assert fetched.begin(1, heard.append)
+    assert fetched.begin(1, heard.append, 1)
     assert heard == []
     fetched.end(DONE)
     assert heard == [DONE]
@@ -23,18 +24,18 @@ def test_a_fetch_is_carried_out_and_whoever_asked_is_told() -> None:
 
 def test_a_fetch_that_comes_again_while_it_is_under_way_is_carried_out_once() -> None:
     fetched, by_bus, by_step = Fetched(), list[Moved](), list[Moved]()
-    assert fetched.begin(1, by_bus.append)
-    assert not fetched.begin(1, by_step.append)
+    assert fetched.begin(1, by_bus.append, 1)
+    assert not fetched.begin(1, by_step.append, 1)
     fetched.end(DONE)
     assert by_bus == by_step == [DONE]
 
 
 def test_a_fetch_that_comes_again_later_is_answered_with_what_became_of_it() -> None:
     fetched, heard = Fetched(), list[Moved]()
-    fetched.begin(1, lambda _: None)
+    fetched.begin(1, lambda _: None, 1)
     fetched.end(DONE)
-    assert not fetched.begin(1, heard.append)
-    assert not fetched.begin(1, heard.append)
+    assert not fetched.begin(1, heard.append, 1)
+    assert not fetched.begin(1, heard.append, 1)
     assert heard == [DONE, DONE]
 
 
@@ -42,16 +43,16 @@ def test_a_fetch_that_failed_is_not_tried_again() -> None:
     """Its slots may be in use for something else by now."""
     fetched, heard = Fetched(), list[Moved]()
     failed = Moved(op=1, failed=bytes(4), reason="gone")
-    fetched.begin(1, lambda _: None)
+    fetched.begin(1, lambda _: None, 1)
     fetched.end(failed)
-    assert not fetched.begin(1, heard.append)
+    assert not fetched.begin(1, heard.append, 1)
     assert heard == [failed]
 
 
 def test_fetches_do_not_mind_each_other_nor_their_order() -> None:
     fetched, heard = Fetched(), list[Moved]()
-    assert fetched.begin(5, heard.append)
-    assert fetched.begin(3, heard.append)
+    assert fetched.begin(5, heard.append, 1)
+    assert fetched.begin(3, heard.append, 1)
     fetched.end(Moved(op=3))
     assert heard == [Moved(op=3)]
     fetched.end(Moved(op=5))
@@ -63,25 +64,25 @@ def remembering_two(monkeypatch: pytest.MonkeyPatch) -> Fetched:
     monkeypatch.setattr(fetched_module, "MAX_REMEMBERED", 2)
     fetched = Fetched()
     for op in range(1, 5):
-        assert fetched.begin(op, lambda _: None)
+        assert fetched.begin(op, lambda _: None, 1)
         fetched.end(Moved(op=op))
     return fetched
 
 
 @pytest.mark.parametrize("op", [0, 1, 2])
-def test_a_fetch_so_old_that_it_is_forgotten_is_not_carried_out_again(
+def test_a_fetch_so_old_that_it_is_forgotten_is_not_carried_out_and_counts_as_failed(
     op: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched, heard = remembering_two(monkeypatch), list[Moved]()
-    assert not fetched.begin(op, heard.append)
-    assert heard == []
+    assert not fetched.begin(op, heard.append, 2)
+    assert [(moved.op, moved.failed) for moved in heard] == [(op, pack_u32([0, 1]))]
 
 
 def test_what_is_not_that_old_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     fetched, heard = remembering_two(monkeypatch), list[Moved]()
-    assert not fetched.begin(3, heard.append)
+    assert not fetched.begin(3, heard.append, 1)
     assert heard == [Moved(op=3)]
-    assert fetched.begin(5, heard.append)
+    assert fetched.begin(5, heard.append, 1)
 
 
 def test_a_fetch_that_takes_long_is_answered_though_many_others_have_ended(
@@ -89,11 +90,11 @@ def test_a_fetch_that_takes_long_is_answered_though_many_others_have_ended(
 ) -> None:
     monkeypatch.setattr(fetched_module, "MAX_REMEMBERED", 2)
     fetched, heard = Fetched(), list[Moved]()
-    assert fetched.begin(1, heard.append)
+    assert fetched.begin(1, heard.append, 1)
     for op in range(2, 8):
-        assert fetched.begin(op, lambda _: None)
+        assert fetched.begin(op, lambda _: None, 1)
         fetched.end(Moved(op=op))
-    assert not fetched.begin(1, heard.append), "it is still under way"
+    assert not fetched.begin(1, heard.append, 1), "it is still under way"
     fetched.end(DONE)
     assert heard == [DONE, DONE]
 
@@ -105,7 +106,7 @@ def test_of_many_threads_that_come_with_one_fetch_one_carries_it_out() -> None:
 
     def come() -> None:
         together.wait()
-        began.append(mine := fetched.begin(1, heard.append))
+        began.append(mine := fetched.begin(1, heard.append, 1))
         if mine:
             fetched.end(DONE)
 
@@ -121,6 +122,6 @@ def test_of_many_threads_that_come_with_one_fetch_one_carries_it_out() -> None:
 def test_telling_may_begin_another_fetch() -> None:
     """Nobody is told while the lock is held."""
     fetched, heard = Fetched(), list[Moved]()
-    fetched.begin(1, lambda _: heard.append(Moved(op=int(fetched.begin(2, heard.append)))))
+    fetched.begin(1, lambda _: heard.append(Moved(op=int(fetched.begin(2, heard.append, 1)))), 1)
     fetched.end(DONE)
     assert heard == [Moved(op=1)]

@@ -143,7 +143,7 @@ class Rank:
 
     def fetch(self, command: step.Fetch, tell: Tell) -> None:
         """Disk slots → host slots, once, however often and by whatever way it is told."""
-        if self._fetched.begin(command.op, tell):
+        if self._fetched.begin(command.op, tell, len(command.host) // 4):
             script = self._copy(
                 command, Tier.DISK, command.disk, Tier.HOST, command.host, self._fetched.end
             )
