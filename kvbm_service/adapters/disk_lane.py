@@ -213,8 +213,8 @@ class Lane:
                 self._quiet(under_way)
             ended.append(under_way.popleft())
         while ready and len(under_way) < self._at_a_time:
+            self._start(ready[0])
             under_way.append(ready.popleft())
-            self._start(under_way[-1])
 
     def _start(self, batch: Batch) -> None:
         assert self._agent is not None
