@@ -67,6 +67,15 @@ def test_blocks_on_disk_are_brought_into_the_host_tier_and_lent_from_there() -> 
     assert rig.leader.tiers.pool(Tier.DISK).pinned == 0
 
 
+def test_blocks_on_their_way_up_count_against_what_may_be_lent() -> None:
+    rig = Rig(slots=8, disk=8)
+    rig.on_disk("abcdefgh")
+    assert unpack(staging(rig, "abc", "first-token-of-16").hashes) == chain("abc")
+    assert unpack(staging(rig, "defg", "second-token-of-16").hashes) == chain("d")
+    assert lent(ask(rig, "h", "third-token-of-sixteen")) == 0
+    assert rig.leader.tiers.host.used == 4, "half of the tier is left to the own engine"
+
+
 def test_blocks_that_came_up_are_in_both_tiers() -> None:
     rig = Rig(disk=8, min_frequency=0)
     rig.on_disk("ab")
