@@ -384,6 +384,11 @@ class Engine:
         assert isinstance(core, Leader)
         return core
 
+    def check_integrity(self) -> None:
+        """All tables of the core agree. Others use it meanwhile, so it is asked as they do."""
+        leader = self.connector._scheduler_side._leader
+        leader.on_core(lambda core: core.check_integrity(), None)
+
     def announced(self) -> set[Any]:
         """What a subscriber to vLLM's events believes to be in the host tier."""
         held: set[Any] = set()
@@ -412,8 +417,8 @@ class Engine:
         """Every block, slot, pin, lease and table entry has been given back."""
         assert not self.scheduler.requests
         assert self.free_blocks == self.shape.blocks - 1, "device blocks leaked"
+        self.check_integrity()
         core = self.core
-        core.check_integrity()
         assert core.tiers.host.used == len(core.tiers.host), "a slot is still being filled"
         assert core.tiers.host.pinned == 0, "slots are still pinned"
         assert not core.busy

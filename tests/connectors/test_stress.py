@@ -85,7 +85,7 @@ class Storm:
             if self._dice.random() < chance:
                 deed()
         self.engine.step()
-        self.engine.core.check_integrity()
+        self.engine.check_integrity()
 
     def end(self) -> None:
         """The sun comes out, and all have been served."""

@@ -230,7 +230,9 @@ def _free_what_goes_to_disk_early(patch: Patch) -> None:
 
 
 def _fetch_as_often_as_told(patch: Patch) -> None:
-    def begin(self: fetched.Fetched, op: int, tell: Callable[[step.Moved], None]) -> bool:
+    def begin(
+        self: fetched.Fetched, op: int, tell: Callable[[step.Moved], None], blocks: int
+    ) -> bool:
         self._waiting.setdefault(op, []).append(tell)
         return True
 
