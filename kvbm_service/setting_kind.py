@@ -110,15 +110,16 @@ _TOKEN_WORDS = "1 to 64 letters, digits, - or _"
 TOKEN = Kind(_TOKEN_WORDS, _parse_token)
 NODE_NAME = Kind(f"{_TOKEN_WORDS}; not {REGISTRY_NODE!r}, which is reserved", _parse_node_name)
 
-_SCHEMES = ("nats", "tls", "ws", "wss")
+_NATS_SCHEMES = ("nats", "tls", "ws", "wss")
+_ETCD_SCHEMES = ("etcd", "etcds")
 
 
-def _url_parts(url: str) -> SplitResult:
+def _url_parts(url: str, schemes: tuple[str, ...]) -> SplitResult:
     """Take one server's URL apart; raises ValueError when it cannot be one."""
     if any(character.isspace() for character in url):
         raise ValueError
-    parts = urlsplit(url if "://" in url else f"nats://{url}")
-    if parts.scheme not in _SCHEMES or not parts.hostname:
+    parts = urlsplit(url if "://" in url else f"{schemes[0]}://{url}")
+    if parts.scheme not in schemes or not parts.hostname:
         raise ValueError
     if parts.port == 0 or parts.path not in ("", "/") or parts.query or parts.fragment:
         raise ValueError
@@ -126,12 +127,23 @@ def _url_parts(url: str) -> SplitResult:
 
 
 def _parse_urls(value: object) -> str:
+    return _parse_urls_of(value, _NATS_SCHEMES)
+
+
+def _parse_urls_of(value: object, schemes: tuple[str, ...]) -> str:
     if not isinstance(value, str):
         raise TypeError
     urls = [url.strip() for url in value.split(",") if url.strip()]
     if not urls:
         raise ValueError
-    return ",".join(_url_parts(url).geturl() for url in urls)
+    return ",".join(_url_parts(url, schemes).geturl() for url in urls)
+
+
+def _parse_directory_urls(value: object) -> str:
+    if value == "":
+        return ""
+    scheme = str(value).strip().partition("://")[0]
+    return _parse_urls_of(value, _ETCD_SCHEMES if scheme in _ETCD_SCHEMES else _NATS_SCHEMES)
 
 
 def mask_urls(urls: str) -> str:
@@ -147,8 +159,12 @@ def _mask_url(url: str) -> str:
     return f"{scheme}{separator}{name + colon if colon else ''}{MASK}@{server}" if at else url
 
 
-URLS = Kind(
-    "nats://host:port (or tls://, ws://, wss://), several joined by commas", _parse_urls, mask_urls
+_NATS_WORDS = "nats://host:port (or tls://, ws://, wss://)"
+URLS = Kind(f"{_NATS_WORDS}, several joined by commas", _parse_urls, mask_urls)
+DIRECTORY_URLS = Kind(
+    f"etcd://host:port (or etcds://) or {_NATS_WORDS}, several of one kind joined by commas",
+    _parse_directory_urls,
+    mask_urls,
 )
 
 
@@ -165,6 +181,7 @@ def _parse_file(value: object) -> str:
 
 
 CREDENTIALS = Kind("the path of a .creds file (or nkey seed) that can be read", _parse_file)
+PEM = Kind("the path of a PEM file that can be read", _parse_file)
 
 
 def _parse_directory(value: object) -> str:

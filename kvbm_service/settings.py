@@ -31,9 +31,11 @@ from kvbm_service.setting_kind import (
     CREDENTIALS,
     DIRECTORY,
     DIRECTORY_OR_NONE,
+    DIRECTORY_URLS,
     MASK,
     NODE_NAME,
     NOWHERE,
+    PEM,
     TOKEN,
     URLS,
     Kind,
@@ -257,6 +259,37 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "A .creds file to log in to NATS with; user:password go into the URL.",
             option="--credentials",
         ),
+    ] = ""
+    nats_ca: Annotated[
+        str,
+        Setting(
+            "KVBM_NATS_CA",
+            PEM,
+            "Who may vouch for a NATS server with TLS. Unset: those the system trusts.",
+        ),
+    ] = ""
+    nats_certificate: Annotated[
+        str, Setting("KVBM_NATS_CERTIFICATE", PEM, "This process's own certificate for NATS.")
+    ] = ""
+    nats_key: Annotated[
+        str, Setting("KVBM_NATS_KEY", PEM, "The private key of KVBM_NATS_CERTIFICATE.")
+    ] = ""
+    directory_url: Annotated[
+        str,
+        Setting(
+            "KVBM_DIRECTORY_URL",
+            DIRECTORY_URLS,
+            "Where the nodes meet: etcd, or a NATS server with JetStream. Unset: KVBM_NATS_URL.",
+        ),
+    ] = ""
+    etcd_ca: Annotated[
+        str, Setting("KVBM_ETCD_CA", PEM, "Who may vouch for an etcd server with TLS (etcds://).")
+    ] = ""
+    etcd_certificate: Annotated[
+        str, Setting("KVBM_ETCD_CERTIFICATE", PEM, "This process's own certificate for etcd.")
+    ] = ""
+    etcd_key: Annotated[
+        str, Setting("KVBM_ETCD_KEY", PEM, "The private key of KVBM_ETCD_CERTIFICATE.")
     ] = ""
     namespace: Annotated[
         str,
