@@ -23,7 +23,7 @@ venv-older:  ## set up the older vLLM releases beside it
 	@$(if $(PYTHON),,$(error Python 3.11 to 3.14 is needed, and none was found: install one, or name it with PYTHON=))
 	@$(PYTHON) deploy/dev/environment.py --older $(OLDER_VLLM)
 
-test: venv-older prometheus  ## run every test that needs no GPU, on all vLLM releases (TESTS=path: only those)
+test: venv-older programs  ## run every test that needs no GPU, on all vLLM releases (TESTS=path: only those)
 	@status=0; \
 	$(if $(TESTS),,$(MAKE) --no-print-directory run-older || status=1;) \
 	echo "tests on this release of vLLM"; \
@@ -32,9 +32,9 @@ test: venv-older prometheus  ## run every test that needs no GPU, on all vLLM re
 
 test-vllm-older: venv-older run-older  ## run the connector's tests on older vLLM releases
 
-.PHONY: prometheus
-prometheus:
-	@$(PYTHON) deploy/dev/prometheus.py || true
+.PHONY: programs
+programs:
+	@$(PYTHON) deploy/dev/programs.py || true
 
 .PHONY: run-older
 run-older:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.dev import prometheus as installed
+from deploy.dev.programs import PROMETHEUS, find
 from kvbm_service.adapters.nats_server import die_with
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yml"
@@ -29,9 +29,9 @@ PATIENCE_SECONDS = 60.0
 
 def program(name: str) -> Path:
     """A program of Prometheus'; fails the test where there is none."""
-    found = installed.find(name)
+    found = find(PROMETHEUS, name)
     if found is None:
-        pytest.fail(installed.MISSING)
+        pytest.fail(PROMETHEUS.missing)
     return found
 
 
