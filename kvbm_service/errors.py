@@ -5,6 +5,7 @@
     ├── BusError              NATS
     │   ├── BusUnavailable    not connected, connection refused, wrong credentials
     │   ├── NoAnswer          nobody listens there, or no reply within the deadline
+    │   ├── Forbidden         the server knows us, and does not let us do this
     │   └── PortTaken         the embedded server's port is in use
     ├── DirectoryError        membership
     │   └── NameTaken         a live node already has this name
@@ -40,6 +41,10 @@ class BusUnavailable(BusError):
 
 class NoAnswer(BusError):
     """Nobody answered within the deadline."""
+
+
+class Forbidden(BusError):
+    """The server does not let this user publish there."""
 
 
 class PortTaken(BusError):

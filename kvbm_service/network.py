@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeVar
 
+from kvbm_schemas.subjects import COMMAND_INBOX, node_inbox
 from kvbm_service.adapters.bus import Bus
 from kvbm_service.adapters.directory import Directory
 from kvbm_service.errors import BusUnavailable
@@ -32,16 +33,27 @@ Connect = Callable[[], Awaitable[Network]]
 """Opens a network. Returns soon, connected or not: the adapters keep trying."""
 
 
-def over_nats(settings: Settings, name: str) -> Connect:
-    """The network of a deployment. `name` is what the NATS server lists this client as."""
+def over_nats(settings: Settings, name: str, node: str = "") -> Connect:
+    """The network of a deployment. `name` is what the NATS server lists this client as.
+
+    `node`: whose leader or worker it is. Its answers then come where no other node can listen.
+    """
 
     async def connect() -> Network:
         # Imported here: an engine's worker that never connects need not load them.
         from kvbm_service.adapters.nats_bus import NatsBus
         from kvbm_service.adapters.nats_directory import NatsDirectory
+        from kvbm_service.adapters.nats_login import TlsFiles
 
+        inbox = node_inbox(settings.namespace, node) if node else COMMAND_INBOX
         bus = await _until_admitted(
-            lambda: NatsBus.connect(settings.nats_url, settings.nats_credentials, name)
+            lambda: NatsBus.connect(
+                settings.nats_url,
+                settings.nats_credentials,
+                name,
+                tls=TlsFiles(settings.nats_ca, settings.nats_certificate, settings.nats_key),
+                inbox=inbox,
+            )
         )
         return Network(bus, NatsDirectory(bus, lease_seconds=settings.membership_seconds))
 

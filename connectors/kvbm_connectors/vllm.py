@@ -71,7 +71,7 @@ class KvbmConnector(KVConnectorBase_V1):
                     'fail; set it to "recompute" in --kv-transfer-config',
                     transfer.kv_load_failure_policy,
                 )
-            connect = over_nats(settings, f"kvbm leader {node}")
+            connect = over_nats(settings, f"kvbm leader {node}", node)
             wants_events = _publishes_events(vllm_config)
             leader = LeaderService(
                 settings,
@@ -100,7 +100,7 @@ class KvbmConnector(KVConnectorBase_V1):
                     vllm_layout.weights(vllm_config),
                 ),
                 kv_cache_config.num_blocks,
-                over_nats(settings, f"kvbm worker {node} rank {number}"),
+                over_nats(settings, f"kvbm worker {node} rank {number}", node),
             )
 
     @property

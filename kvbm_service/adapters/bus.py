@@ -13,7 +13,10 @@ from typing import NamedTuple, Protocol
 
 
 class Delivery(NamedTuple):
-    """A message as it arrived. `reply` is where an answer goes, or empty."""
+    """A message as it arrived.
+
+    `reply` is where an answer goes: an inbox (`kvbm_schemas.subjects`), or empty.
+    """
 
     subject: str
     payload: bytes
@@ -76,6 +79,7 @@ class Bus(Protocol):
 
         Raises:
             BusUnavailable: not connected, or disconnected while waiting.
+            Forbidden: we may not publish there.
             BusError: `payload` is larger than the server takes.
             NoAnswer: nobody subscribes to `subject`, or none answered in time.
         """

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kvbm_schemas.subjects import INBOXES
 from kvbm_service.adapters.background import Background
 from kvbm_service.adapters.bus import Delivery, Handler, Troubles
 from kvbm_service.errors import BusError, NoAnswer
@@ -39,6 +40,10 @@ class Mailbox:
         """Queue a message for the handler, or drop it when too many wait already."""
         if self._closed:
             return
+        if delivery.reply and not delivery.reply.startswith(INBOXES):
+            # Whoever asks chooses where the answer goes, and a server lets us answer anywhere:
+            # answered elsewhere, a question would have us publish what only we may publish.
+            delivery = delivery._replace(reply="")
         size = len(delivery.payload)
         if self._waiting.full() or self._waiting_bytes + size > MAX_WAITING_BYTES:
             self._drop()
@@ -79,7 +84,7 @@ class Question:
 
     def __init__(self, address: str, subject: str) -> None:
         self.address = address
-        self._subject = subject
+        self.subject = subject
         self._answers: asyncio.Queue[bytes | BusError] = asyncio.Queue(MAX_WAITING_ANSWERS)
 
     async def answer(self, timeout_seconds: float) -> bytes:
@@ -93,14 +98,14 @@ class Question:
             async with asyncio.timeout(timeout_seconds):
                 answer = await self._answers.get()
         except TimeoutError:
-            raise NoAnswer(f"no answer on {self._subject} within {timeout_seconds:g} s") from None
+            raise NoAnswer(f"no answer on {self.subject} within {timeout_seconds:g} s") from None
         if isinstance(answer, BusError):
             raise answer
         return answer
 
     def nobody(self) -> None:
         """Nobody listens where this was asked."""
-        self.put(NoAnswer(f"nobody listens on {self._subject}"))
+        self.put(NoAnswer(f"nobody listens on {self.subject}"))
 
     def put(self, answer: bytes | BusError) -> None:
         """An answer, or the reason why none will come."""
@@ -129,6 +134,12 @@ class Questions:
     def find(self, address: str) -> Question | None:
         """Who waits at `address`, if anyone still does."""
         return self._open.get(address)
+
+    def forbidden(self, subject: str, error: BusError) -> None:
+        """Nothing that is asked on `subject` (in any case) reaches anyone."""
+        for question in self._open.values():
+            if question.subject.lower() == subject.lower():
+                question.put(error)
 
     def fail(self, error: BusError) -> None:
         """No answer will come to any of them."""

@@ -10,25 +10,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import secrets
+import ssl
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
+from typing import Any
 
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as ClientSubscription
 
+from kvbm_schemas.subjects import COMMAND_INBOX
 from kvbm_service.adapters.background import Background
 from kvbm_service.adapters.bus import Delivery, Handler, OnConnection, Troubles
 from kvbm_service.adapters.mailbox import Mailbox, Questions
 from kvbm_service.adapters.nats_login import (
+    CA_SETTING,
+    CERTIFICATE_SETTING,
     CREDENTIALS_SETTING,
+    NO_TLS_FILES,
     URL_SETTING,
     Login,
+    TlsFiles,
     parse_login,
 )
-from kvbm_service.errors import BusError, BusUnavailable, SettingError
+from kvbm_service.errors import BusError, BusUnavailable, Forbidden, SettingError
 
 CONNECT_SECONDS = 2.0
 """How long one server may take to answer an attempt to connect."""
@@ -48,7 +56,30 @@ MAX_COMPLAINTS_LOGGED = 64
 FAILURES = (OSError, nats.errors.Error)
 """What nats-py raises when a connection cannot be made or used."""
 
+_FORBIDDEN = re.compile(r"permissions violation for publish to .?\"?([^\s\"]+)\"?", re.IGNORECASE)
+
 log = logging.getLogger(__name__)
+
+
+class _ServerWithoutTls(nats.errors.Error):
+    """A server, or somebody between it and us, would have us log in unencrypted."""
+
+    def __str__(self) -> str:
+        return "no TLS there"
+
+
+class _Client(Client):
+    """nats-py's client, which by itself encrypts only if the server's greeting says so."""
+
+    def __init__(self, *, must_encrypt: bool) -> None:
+        super().__init__()
+        self._must_encrypt = must_encrypt
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # The greeting comes before anything of ours is sent.
+        if initial_connection and self._must_encrypt and not info.get("tls_required"):
+            raise _ServerWithoutTls
+        await super()._process_info(info, initial_connection)  # type: ignore[no-untyped-call,unused-ignore]
 
 
 class NatsSubscription:
@@ -84,14 +115,14 @@ class NatsSubscription:
 class _Connection:
     """One life of a connection: opened once, ended once."""
 
-    def __init__(self, troubled: Callable[[Exception], None]) -> None:
-        self.client = Client()
+    def __init__(self, troubled: Callable[[Exception], None], *, must_encrypt: bool) -> None:
+        self.client: Client = _Client(must_encrypt=must_encrypt)
         self.ended = asyncio.Event()
         self._troubled = troubled
         self._opened = False
         self._first_error: Exception | None = None
 
-    async def open(self, login: Login, name: str) -> None:
+    async def open(self, login: Login, name: str, inbox: str) -> None:
         """Connect.
 
         Raises:
@@ -105,6 +136,7 @@ class _Connection:
                 await self.client.connect(
                     servers,
                     name=name,
+                    inbox_prefix=inbox,
                     allow_reconnect=False,
                     max_reconnect_attempts=1,
                     reconnect_time_wait=0,  # type: ignore[arg-type,unused-ignore]
@@ -162,14 +194,15 @@ class _Connection:
 class NatsBus:
     """The `Bus` port on a NATS server, there or not. Made with `connect`."""
 
-    def __init__(self, login: Login, name: str) -> None:
+    def __init__(self, login: Login, name: str, inbox: str) -> None:
         self._login = login
         self._name = name
+        self._inbox = inbox
         self._troubles = Troubles()
         self._complaints: set[str] = set()
         self._listeners: dict[OnConnection, None] = {}
         self._subscriptions: dict[NatsSubscription, None] = {}
-        self._questions = Questions(f"_INBOX.{secrets.token_hex(11)}")
+        self._questions = Questions(f"{inbox}.{secrets.token_hex(16)}")
         self._connection: _Connection | None = None
         """What subscriptions are put on."""
         self._live = False
@@ -182,17 +215,26 @@ class NatsBus:
         self._work = Background(self._stay_connected(), "connection to NATS")
 
     @classmethod
-    async def connect(cls, url: str, credentials: str = "", name: str = "kvbm") -> NatsBus:
+    async def connect(
+        cls,
+        url: str,
+        credentials: str = "",
+        name: str = "kvbm",
+        *,
+        tls: TlsFiles = NO_TLS_FILES,
+        inbox: str = COMMAND_INBOX,
+    ) -> NatsBus:
         """A bus on the server(s) at `url`; returns after the first attempt to connect.
 
         If no server is there, it goes on trying in the background for ever. `credentials`:
-        see `parse_login`. `name` is what the server's monitoring shows.
+        see `parse_login`. `name` is what the server's monitoring shows. `inbox`: where our
+        answers come, one of those in `kvbm_schemas.subjects`.
 
         Raises:
-            SettingError: `url` or `credentials` cannot be understood.
+            SettingError: `url`, `credentials` or a file of `tls` cannot be understood.
             BusUnavailable: a server is there and refuses us.
         """
-        bus = cls(parse_login(url, credentials), name)
+        bus = cls(parse_login(url, credentials, tls), name, inbox)
         try:
             await bus._tried.wait()
         except asyncio.CancelledError:
@@ -279,7 +321,7 @@ class NatsBus:
         """Connect, wait for the end of the connection, and so on until cancelled."""
         pause = FIRST_RETRY_SECONDS
         while True:
-            connection = _Connection(self._complain)
+            connection = _Connection(self._complain, must_encrypt=self._login.must_encrypt)
             try:
                 await self._open(connection)
                 pause = FIRST_RETRY_SECONDS
@@ -298,7 +340,7 @@ class NatsBus:
     async def _open(self, connection: _Connection) -> None:
         self._refused = False
         try:
-            await connection.open(self._login, self._name)
+            await connection.open(self._login, self._name, self._inbox)
             await connection.client.subscribe(f"{self._questions.inbox}.*", cb=self._take_answer)
         except SettingError as error:
             raise BusUnavailable(str(error)) from error
@@ -358,6 +400,11 @@ class NatsBus:
     def _complain(self, error: Exception) -> None:
         self._troubles.errors += 1
         words = _words(error)
+        forbidden = _FORBIDDEN.search(words)
+        if forbidden is not None:
+            self._questions.forbidden(
+                forbidden[1], Forbidden(f"NATS at {self._login} does not let us: {words}")
+            )
         if words not in self._complaints and len(self._complaints) < MAX_COMPLAINTS_LOGGED:
             self._complaints.add(words)
             log.warning("NATS at %s: %s", self._login, words)
@@ -373,9 +420,26 @@ class NatsBus:
         words = _words(error)
         if "authorization" in words.lower() or "authentication" in words.lower():
             self._refused = True
+            todo = "set" if self._login.anonymous else "check"
             return (
-                f"NATS at {self._login} refuses us ({words}): check user and password in "
+                f"NATS at {self._login} refuses us ({words}): {todo} user and password in "
                 f"{URL_SETTING}, or {CREDENTIALS_SETTING}"
+            )
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return (
+                f"NATS at {self._login} cannot prove who it is ({error.verify_message}): "
+                f"check {CA_SETTING}, and the name in {URL_SETTING}"
+            )
+        if isinstance(error, ssl.SSLError):
+            return (
+                f"no TLS with NATS at {self._login} ({words}): "
+                f"check {CERTIFICATE_SETTING} and {CA_SETTING}"
+            )
+        if isinstance(error, _ServerWithoutTls):
+            return (
+                f"NATS at {self._login} offers no TLS, and nothing is sent to it in the clear: "
+                f"give it a certificate, or unset {CA_SETTING} and {CERTIFICATE_SETTING} and take "
+                f"tls:// out of {URL_SETTING}"
             )
         return (
             f"no connection to NATS at {self._login} ({words}): check {URL_SETTING}, "

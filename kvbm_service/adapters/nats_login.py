@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -13,6 +14,9 @@ from kvbm_service.errors import SettingError
 
 URL_SETTING = "KVBM_NATS_URL"
 CREDENTIALS_SETTING = "KVBM_NATS_CREDENTIALS"
+CA_SETTING = "KVBM_NATS_CA"
+CERTIFICATE_SETTING = "KVBM_NATS_CERTIFICATE"
+KEY_SETTING = "KVBM_NATS_KEY"
 
 MAX_CREDENTIALS_BYTES = 64 << 10
 DEFAULT_PORT = 4222
@@ -33,21 +37,71 @@ class Server(NamedTuple):
     password: str | None = None
 
 
+class TlsFiles(NamedTuple):
+    """PEM files for TLS. With any of them, nothing is said to a server that has no TLS."""
+
+    ca: str = ""
+    """Who may vouch for the server; without it, those the system trusts."""
+    certificate: str = ""
+    key: str = ""
+    """Of `certificate`, unless it stands in the same file."""
+
+    def context(self) -> ssl.SSLContext:
+        """What a connection is encrypted with. The files are read anew each time.
+
+        Raises:
+            SettingError: names the file that cannot be used.
+        """
+        try:
+            context = ssl.create_default_context(cafile=self.ca or None)
+        except OSError as error:
+            raise SettingError(CA_SETTING, self.ca, _why(error)) from None
+        if self.key and not self.certificate:
+            raise SettingError(CERTIFICATE_SETTING, "", f"{KEY_SETTING} is of no use without it")
+        if self.certificate:
+            try:
+                # Without a password of ours, OpenSSL would ask for one on the terminal.
+                context.load_cert_chain(self.certificate, self.key or None, password="")
+            except OSError as error:
+                what = f"{_why(error)}; with {KEY_SETTING}, a certificate and its key"
+                raise SettingError(CERTIFICATE_SETTING, self.certificate, what) from None
+        return context
+
+
+NO_TLS_FILES = TlsFiles()
+
+
 class Login(NamedTuple):
     """Where to connect and as whom. Never show `credentials` or `servers[i].password`."""
 
     servers: tuple[Server, ...]
     credentials: str = ""
+    tls: TlsFiles = NO_TLS_FILES
 
     def __str__(self) -> str:
         return ",".join(server.url for server in self.servers)
+
+    @property
+    def must_encrypt(self) -> bool:
+        """Whether credentials must not be sent in the clear, whatever the server says."""
+        return any(self.tls) or any(server.url.startswith("tls:") for server in self.servers)
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether there is nothing to log in with."""
+        return not self.credentials and not any(server.user for server in self.servers)
 
     def options(self) -> dict[str, Any]:
         """Arguments for nats-py's `connect`. Files are read anew each time.
 
         Raises:
-            SettingError: a credentials file is missing, or is none.
+            SettingError: a file is missing, or is not what it should be.
         """
+        # Without files, nats-py trusts whom the system trusts, should the server ask for TLS.
+        encryption = {"tls": self.tls.context()} if any(self.tls) else {}
+        return {**encryption, **self._identity()}
+
+    def _identity(self) -> dict[str, Any]:
         if self.credentials:
             return _explicit(self.credentials)
         for server in self.servers:
@@ -58,8 +112,8 @@ class Login(NamedTuple):
         return {}
 
 
-def parse_login(url: str, credentials: str = "") -> Login:
-    """Take the two settings apart.
+def parse_login(url: str, credentials: str = "", tls: TlsFiles = NO_TLS_FILES) -> Login:
+    """Take the settings apart.
 
     `credentials` wins over what stands in the URL. It is `user:password`, a token, or the
     path of a file; a path has a `/` in it, which the other two then cannot have: such a
@@ -68,7 +122,7 @@ def parse_login(url: str, credentials: str = "") -> Login:
     Raises:
         SettingError: names the setting; a password is not shown.
     """
-    login = Login(tuple(_server(each.strip()) for each in url.split(",")), credentials)
+    login = Login(tuple(_server(each.strip()) for each in url.split(",")), credentials, tls)
     login.options()
     return login
 
@@ -96,6 +150,13 @@ def _bracketed(host: str) -> str:
 
 def _without_secrets(url: str) -> str:
     return re.sub(r"//[^/]*@", "//***@", url) if "//" in url else url.rpartition("@")[2]
+
+
+def _why(error: OSError) -> str:
+    """What is wrong with a file, without a word of what is in it."""
+    if isinstance(error, ssl.SSLError):
+        return "it is not PEM, or not what it should be"
+    return error.strerror or "it cannot be read"
 
 
 def _explicit(credentials: str) -> dict[str, Any]:

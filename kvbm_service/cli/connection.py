@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from kvbm_schemas.subjects import COMMAND_INBOX, REGISTRY_INBOX
 from kvbm_service.adapters.bus import Bus
 from kvbm_service.adapters.directory import Directory
 from kvbm_service.settings import Settings
@@ -24,11 +25,9 @@ async def open_bus(settings: Settings) -> AsyncIterator[NatsBus]:
     Raises:
         BusUnavailable: NATS cannot be reached, or refuses us.
     """
-    from kvbm_service.adapters.nats_bus import NatsBus
-
     level = _adapters_log.level
     _adapters_log.setLevel(logging.ERROR)  # the error says it already, in one line
-    bus = await NatsBus.connect(settings.nats_url, settings.nats_credentials, name="kvbm command")
+    bus = await _connect(settings, "kvbm command", COMMAND_INBOX)
     try:
         assert bus.client is not None  # raises, with the reason, when there is no connection
         _adapters_log.setLevel(level)
@@ -51,16 +50,24 @@ async def open_directory(settings: Settings, bus: NatsBus) -> AsyncIterator[Dire
 
 @asynccontextmanager
 async def open_network(settings: Settings, name: str) -> AsyncIterator[tuple[Bus, Directory]]:
-    """A bus and a directory for a service, which waits for NATS where it is not there yet.
+    """A bus and a directory for a registry, which waits for NATS where it is not there yet.
 
     Raises:
         BusUnavailable: NATS refuses us.
     """
-    from kvbm_service.adapters.nats_bus import NatsBus
-
-    bus = await NatsBus.connect(settings.nats_url, settings.nats_credentials, name=name)
+    bus = await _connect(settings, name, REGISTRY_INBOX)
     try:
         async with open_directory(settings, bus) as directory:
             yield bus, directory
     finally:
         await bus.close()
+
+
+async def _connect(settings: Settings, name: str, inbox: str) -> NatsBus:
+    from kvbm_service.adapters.nats_bus import NatsBus
+    from kvbm_service.adapters.nats_login import TlsFiles
+
+    files = TlsFiles(settings.nats_ca, settings.nats_certificate, settings.nats_key)
+    return await NatsBus.connect(
+        settings.nats_url, settings.nats_credentials, name, tls=files, inbox=inbox
+    )

@@ -14,6 +14,12 @@
 | `locate`   | `kvbm locate`     | registries (queue)   | `Locate` → `Placements`            |
 
 The last two are asked of the node called `registry`, a name no node may have.
+
+Answers go to an inbox of the asker, which a server with permissions lets nobody else hear:
+
+    _INBOX.node.<namespace>.<node>.>   a node's leader and workers
+    _INBOX.registry.>                  registries
+    _INBOX.command.>                   commands
 """
 
 from __future__ import annotations
@@ -24,6 +30,11 @@ from typing import NamedTuple
 ROOT = "kvbm"
 REGISTRY_NODE = "registry"
 EVERYTHING = f"{ROOT}.>"
+
+INBOXES = ("_INBOX.", "_INBOX_")
+"""How addresses of answers begin, those of other clients too. Nothing is answered elsewhere."""
+REGISTRY_INBOX = "_INBOX.registry"
+COMMAND_INBOX = "_INBOX.command"
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -49,6 +60,11 @@ class Scope(NamedTuple):
     def of(self, node: str, what: str) -> str:
         """The subject of `what` at `node`."""
         return str(Subject(self.namespace, self.fingerprint, node, what))
+
+
+def node_inbox(namespace: str, node: str) -> str:
+    """Where a node's answers come."""
+    return f"_INBOX.node.{namespace}.{node}"
 
 
 def rank_what(rank: int) -> str:

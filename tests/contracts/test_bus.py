@@ -55,10 +55,10 @@ async def test_what_one_publishes_the_others_hear_in_order(
     await other.subscribe("a.b", ears)
     sent = [b"%d" % number for number in range(200)]
     for payload in sent:
-        await one.publish("a.b", payload, reply="r.x")
+        await one.publish("a.b", payload, reply="_INBOX.x")
     await eventually(lambda: len(ears.heard) == len(sent))
     assert ears.payloads == sent
-    assert ears.heard[0] == Delivery("a.b", b"0", "r.x")
+    assert ears.heard[0] == Delivery("a.b", b"0", "_INBOX.x")
 
 
 @pytest.mark.parametrize(
@@ -473,3 +473,16 @@ def test_credentials_come_as_a_token_a_password_a_seed_or_a_creds_file(tmp_path:
     assert parse_login("x", str(tmp_path / "seed")).options() == {"nkeys_seed_str": seed}
     assert list(parse_login("x", str(tmp_path / "creds")).options()) == ["user_credentials"]
     assert str(parse_login("me:pw@one, nats://two:1")) == "nats://one:4222,nats://two:1"
+
+
+async def test_a_question_is_not_answered_where_its_asker_may_not_speak(
+    buses: BusWorld, eventually: Eventually
+) -> None:
+    one, other = await buses.open(), await buses.open()
+    ears = Ears()
+    await other.subscribe("a.b", ears)
+    for reply in ("kvbm.ns.layout.node.events", "$KV.bucket.ns.layout.node", "_INBOXES.x"):
+        await one.publish("a.b", b"", reply)
+    await one.publish("a.b", b"", "_INBOX_of_another_client.x")
+    await eventually(lambda: len(ears.heard) == 4)
+    assert [heard.reply for heard in ears.heard] == ["", "", "", "_INBOX_of_another_client.x"]

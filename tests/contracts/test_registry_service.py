@@ -338,7 +338,7 @@ async def test_malformed_messages_change_nothing_are_counted_and_logged_once(
             node, kind = what.split(".")
             payloads = garbage[:-1] if kind == "lookup" else garbage
             for payload in payloads[: 5 if kind == "locate" else None]:
-                await me.bus.publish(SCOPE.of(node, kind), payload, reply="nowhere.at.all")
+                await me.bus.publish(SCOPE.of(node, kind), payload, reply="_INBOX.nowhere")
         await eventually(lambda: service.status().counts.malformed >= 16)
     assert service.status().counts.malformed == 16
     complaints = [each for each in caplog.records if "malformed" in each.message]
@@ -402,7 +402,7 @@ async def test_an_answer_too_large_for_a_message_is_not_sent(
     await a.store(CHAIN)
     await me.sees(held("a" * 64, 0, 8))
     many = Locate(hashes=pack(CHAIN) * 4_000)
-    await me.bus.publish(SCOPE.of(REGISTRY_NODE, "locate"), encode(many), reply="nowhere.at.all")
+    await me.bus.publish(SCOPE.of(REGISTRY_NODE, "locate"), encode(many), reply="_INBOX.nowhere")
     await eventually(lambda: service.status().counts.oversized_answers == 1)
     await me.sees(held("a" * 64, 0, 8))
 

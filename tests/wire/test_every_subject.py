@@ -105,7 +105,7 @@ class World:
 
     def publish(self, subject: str, payload: bytes) -> None:
         """Throw something at whoever listens on `subject`."""
-        self._do(self.bus.publish(subject, payload, reply="nobody.waits.for.this"))
+        self._do(self.bus.publish(subject, payload, reply="_INBOX.nobody"))
 
     def ask_rank(self, fetch: Fetch) -> Moved | None:
         """What the rank answers; None if nothing."""
