@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvbm_service.cli import cluster, config, replay, serve, show, watch
+from kvbm_service.cli import bench, cluster, config, replay, serve, show, watch
 from kvbm_service.cli.options import Credentials, Namespace, NatsUrl
 
 _HELP = """A KV-block cache shared by LLM engines, over NATS.
@@ -38,12 +38,12 @@ _COMMANDS = (
     watch.decode,
     config.config,
     show.demo,
-    show.bench,
     replay.replay,
 )
 
 for command in _COMMANDS:
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,1 @@
+"""The guides' benchmark: people talk with a served model, in several rounds over a long text."""
