@@ -3,6 +3,9 @@
 Anything that speaks NATS can look into it (`nats kv watch kvbm_nodes`). We use the protocol
 below nats-py's key-value class: a record carries its owner in a header, and a watch notices
 at once when it has missed something.
+
+What is read stands in the subject of each request, so that a server's permissions can say who
+reads what (`nats_permissions.py`); nothing here needs a permission to ask for just anything.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import re
+import secrets
 import time
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
@@ -23,9 +27,10 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, Header, StorageType, StreamConfig
 
+from kvbm_schemas.message import MAX_MESSAGE_BYTES
 from kvbm_service.adapters.leased_records import Conflict, LeasedRecords, Sighting, Stored
 from kvbm_service.adapters.nats_bus import NatsBus
-from kvbm_service.errors import BusError, DirectoryError, SettingError
+from kvbm_service.errors import BusError, DirectoryError, Forbidden, SettingError
 
 DEFAULT_BUCKET = "kvbm_nodes"
 DEFAULT_LEASE_SECONDS = 10.0
@@ -38,6 +43,8 @@ MAX_HEARTBEATS_MISSED = 3
 """A watch that hears nothing for so many heartbeats starts anew."""
 MAX_WAITING_SIGHTINGS = 65_536
 """What may wait to be looked at; beyond, everything is read again."""
+MAX_BUCKET_RECORDS = 65_536
+"""Records that a bucket takes, removed ones included until their lease has ended."""
 
 _OWNER = "Kvbm-Owner"
 _OPERATION = "KV-Operation"
@@ -46,6 +53,12 @@ _SERVER_REMOVED = "Nats-Marker-Reason"
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 _EXISTS_ALREADY = 10058
 _NO_SUCH_STREAM = 10059
+_GONE = (
+    nats.js.errors.NotFoundError,
+    nats.js.errors.NoStreamResponseError,
+    nats.errors.NoRespondersError,
+)
+"""How nats-py says that the stream may be missing."""
 _BUCKET = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -100,9 +113,16 @@ class _Bucket:
     """The `RecordStore` port on one key-value bucket."""
 
     def __init__(
-        self, bus: NatsBus, bucket: str, lease_seconds: float, storage: StorageType, replicas: int
+        self,
+        bus: NatsBus,
+        bucket: str,
+        lease_seconds: float,
+        storage: StorageType,
+        replicas: int,
+        leaders_only: bool,
     ) -> None:
         self._bus = bus
+        self._leaders_only = leaders_only
         self._lease_seconds = lease_seconds
         self._answer_seconds = min(MAX_ANSWER_SECONDS, lease_seconds / 3)
         self._stream = f"KV_{bucket}"
@@ -125,12 +145,13 @@ class _Bucket:
     async def read(self, key: str) -> Stored | None:
         try:
             message = await (await self._jetstream()).get_msg(
-                self._stream, subject=self._subjects + key
+                self._stream, subject=self._subjects + key, direct=True
             )
         except nats.js.errors.NotFoundError as error:
             self._suspect(error)
             return None
         except (OSError, nats.errors.Error) as error:
+            self._suspect(error)
             raise DirectoryError(f"the directory cannot be read: {error}") from error
         headers = message.headers or {}
         value = None if _is_removal(headers) else message.data or b""
@@ -177,13 +198,25 @@ class _Bucket:
 
     async def _consume(self, inbox: str, prefix: str, heartbeat: float) -> dict[str, Any]:
         """Have the server push every record, and every change, to `inbox`."""
-        tokens, dot, _ = prefix.rpartition(".")
+        wanted = [_leaders(prefix)] if self._leaders_only else [_everyone(prefix), _leaders(prefix)]
+        for subjects in wanted:  # whoever may not know the ranks may still know the nodes
+            try:
+                return await self._consume_only(inbox, subjects, heartbeat)
+            except Forbidden as error:
+                refusal = error
+        raise DirectoryError(f"the directory is not for us: {refusal}")
+
+    async def _consume_only(self, inbox: str, subjects: str, heartbeat: float) -> dict[str, Any]:
+        name = secrets.token_hex(16)
+        """Unguessable: who knows it may remove it."""
+        filter_subject = f"{self._subjects}{subjects}"
         request = {
             "stream_name": self._stream,
             "config": {
+                "name": name,
                 "deliver_subject": inbox,
                 "deliver_policy": "last_per_subject",
-                "filter_subject": f"{self._subjects}{tokens}{dot}>",
+                "filter_subject": filter_subject,
                 "ack_policy": "none",
                 "replay_policy": "instant",
                 "max_deliver": 1,
@@ -192,7 +225,8 @@ class _Bucket:
                 "num_replicas": 1,
             },
         }
-        answer = await self._ask(f"$JS.API.CONSUMER.CREATE.{self._stream}", request)
+        subject = f"$JS.API.CONSUMER.CREATE.{self._stream}.{name}.{filter_subject}"
+        answer = await self._ask(subject, request)
         if "error" in answer:
             if answer["error"].get("err_code") == _NO_SUCH_STREAM:
                 self._made_on = None
@@ -204,6 +238,8 @@ class _Bucket:
             answer = await self._bus.request(
                 subject, json.dumps(request).encode(), self._answer_seconds
             )
+        except Forbidden:
+            raise
         except BusError as error:
             raise DirectoryError(f"the directory cannot be reached: {error}") from error
         parsed = json.loads(answer)
@@ -226,7 +262,7 @@ class _Bucket:
 
     def _suspect(self, error: Exception) -> None:
         """Make sure of the bucket again before the next step: somebody may have removed it."""
-        if isinstance(error, nats.js.errors.NotFoundError | nats.js.errors.NoStreamResponseError):
+        if isinstance(error, _GONE):
             self._made_on = None
 
     def _client(self) -> Client:
@@ -263,11 +299,21 @@ class _Bucket:
         with contextlib.suppress(nats.js.errors.NotFoundError):
             return (await jetstream.stream_info(self._stream)).config
         try:
-            return (await jetstream.add_stream(self._configuration())).config
-        except nats.js.errors.BadRequestError as error:
-            if error.err_code != _EXISTS_ALREADY:
-                raise
-            return (await jetstream.stream_info(self._stream)).config  # another was quicker
+            answer = await self._ask(
+                f"$JS.API.STREAM.CREATE.{self._stream}", self._configuration().as_dict()
+            )
+        except Forbidden:
+            raise DirectoryError(
+                f"the bucket {self._stream} is not there, and we may not make it: "
+                "run `kvbm ls` once with the operator's credentials"
+            ) from None
+        error = answer.get("error")
+        if error is None:
+            made: StreamConfig = StreamConfig.from_response(answer["config"])
+            return made
+        if error.get("err_code") != _EXISTS_ALREADY:
+            raise DirectoryError(f"the bucket {self._stream} cannot be made: {error}")
+        return (await jetstream.stream_info(self._stream)).config  # another was quicker
 
     def _configuration(self) -> StreamConfig:
         return StreamConfig(
@@ -279,7 +325,10 @@ class _Bucket:
             storage=self._storage,
             num_replicas=self._replicas,
             discard=DiscardPolicy.NEW,
-            allow_rollup_hdrs=True,
+            max_msgs=MAX_BUCKET_RECORDS,
+            max_msg_size=MAX_MESSAGE_BYTES,
+            # With a rollup, who may write one record could remove all of them.
+            allow_rollup_hdrs=False,
             allow_direct=True,
             deny_delete=True,
             # A server that lost its storage would count from 1 again, and a node that was
@@ -289,7 +338,10 @@ class _Bucket:
 
 
 class NatsDirectory(LeasedRecords):
-    """The `Directory` port on a key-value bucket, which is made if it is not there."""
+    """The `Directory` port on a key-value bucket, which is made if it is not there.
+
+    With `leaders_only`, keys of ranks are neither read nor reported.
+    """
 
     def __init__(
         self,
@@ -298,12 +350,26 @@ class NatsDirectory(LeasedRecords):
         lease_seconds: float = DEFAULT_LEASE_SECONDS,
         storage: StorageType = StorageType.FILE,
         replicas: int = 1,
+        *,
+        leaders_only: bool = False,
     ) -> None:
         if not _BUCKET.fullmatch(bucket):
             raise SettingError("bucket", bucket, "letters, digits, `_` and `-`")
         if lease_seconds < MIN_LEASE_SECONDS:
             raise SettingError("lease_seconds", lease_seconds, f"at least {MIN_LEASE_SECONDS} s")
-        super().__init__(_Bucket(bus, bucket, lease_seconds, storage, replicas))
+        super().__init__(_Bucket(bus, bucket, lease_seconds, storage, replicas, leaders_only))
+
+
+def _everyone(prefix: str) -> str:
+    """The subject, within the bucket, of all keys that may begin with `prefix`."""
+    tokens, dot, _ = prefix.rpartition(".")
+    return f"{tokens}{dot}>"
+
+
+def _leaders(prefix: str) -> str:
+    """As `_everyone`, but of leaders' keys alone: `<namespace>.<fingerprint>.<node>`."""
+    tokens = prefix.split(".")[:-1][:2]
+    return ".".join([*tokens, *["*"] * (3 - len(tokens))])
 
 
 def _is_removal(headers: dict[str, str]) -> bool:

@@ -37,11 +37,15 @@ async def open_bus(settings: Settings) -> AsyncIterator[NatsBus]:
 
 
 @asynccontextmanager
-async def open_directory(settings: Settings, bus: NatsBus) -> AsyncIterator[Directory]:
+async def open_directory(
+    settings: Settings, bus: NatsBus, *, leaders_only: bool = False
+) -> AsyncIterator[Directory]:
     """The directory of the cluster that `bus` belongs to."""
     from kvbm_service.adapters.nats_directory import NatsDirectory
 
-    directory = NatsDirectory(bus, lease_seconds=settings.membership_seconds)
+    directory = NatsDirectory(
+        bus, lease_seconds=settings.membership_seconds, leaders_only=leaders_only
+    )
     try:
         yield directory
     finally:
@@ -57,7 +61,7 @@ async def open_network(settings: Settings, name: str) -> AsyncIterator[tuple[Bus
     """
     bus = await _connect(settings, name, REGISTRY_INBOX)
     try:
-        async with open_directory(settings, bus) as directory:
+        async with open_directory(settings, bus, leaders_only=True) as directory:
             yield bus, directory
     finally:
         await bus.close()
