@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from kvbm_schemas.block import count, unpack
+from kvbm_schemas.block import Tier, count, unpack
 from kvbm_schemas.codec import AnyMessage, Decoder, Malformed, encode
 from kvbm_schemas.events import Loaded, Removed, Source, Stored
 from kvbm_schemas.message import Message
 from kvbm_schemas.records import DirectoryRecord, NodeRecord
-from kvbm_schemas.requests import Locate, Placements
+from kvbm_schemas.requests import Holder, Locate, Placements, Resync, SnapshotChunk
 from kvbm_schemas.subjects import EVERYTHING, REGISTRY_NODE, Scope, Subject, parse
 from kvbm_service.adapters.bus import Delivery
 from kvbm_service.adapters.nats_bus import NatsBus
@@ -31,6 +31,7 @@ POLL_SECONDS = 0.05
 _messages: Decoder[AnyMessage] = Decoder(AnyMessage)
 _records: Decoder[DirectoryRecord] = Decoder(DirectoryRecord)
 _placements = Decoder(Placements)
+_chunks = Decoder(SnapshotChunk)
 
 
 class Heard(NamedTuple):
@@ -85,14 +86,26 @@ class Witness:
 
     def holders(self, scope: Scope, blocks: Sequence[bytes]) -> list[set[str]]:
         """Which nodes hold each block, as a registry says; empty if none answers."""
+        placed = self.placements(scope, blocks)
+        return [{holder.node for holder in holders} for holders in placed]
+
+    def placements(self, scope: Scope, blocks: Sequence[bytes]) -> list[tuple[Holder, ...]]:
+        """Where each block is, as a registry says; empty if none answers."""
         question = encode(Locate(hashes=b"".join(blocks)))
         try:
             subject = scope.of(REGISTRY_NODE, "locate")
             answer = self._run(self._bus.request(subject, question, ANSWER_SECONDS))
         except BusError:
             return []
-        found = _placements.decode(answer).holders
-        return [{holder.node for holder in holders} for holders in found]
+        return list(_placements.decode(answer).holders)
+
+    def snapshot(self, scope: Scope, node: str) -> set[tuple[bytes, Tier]] | None:
+        """What the node says that it holds, and in which tiers; None if it does not answer."""
+        try:
+            chunks = self._run(self._snapshot(scope.of(node, "snapshot")))
+        except BusError:
+            return None
+        return {(name, chunk.tier) for chunk in chunks for name in unpack(chunk.hashes)}
 
     def wait_until_located(
         self,
@@ -134,6 +147,16 @@ class Witness:
         return None if record is None else sum(tier.pinned for tier in record.tiers)
 
     # -- inside ------------------------------------------------------------------------------
+
+    async def _snapshot(self, subject: str) -> list[SnapshotChunk]:
+        chunks: list[SnapshotChunk] = []
+        answers = self._bus.request_many(subject, encode(Resync()), ANSWER_SECONDS)
+        async with contextlib.aclosing(answers):
+            async for payload in answers:
+                chunks.append(_chunks.decode(payload))
+                if len(chunks) >= chunks[-1].total:
+                    break
+        return chunks
 
     async def _take(self, delivery: Delivery) -> None:
         subject = parse(delivery.subject)
