@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvbm_service.adapters.homes import make_room, root_of
+from kvbm_service.adapters.homes import make_room, root_of, turn
 from kvbm_service.errors import LayoutError
 
 _log = logging.getLogger(__name__)
@@ -81,6 +81,11 @@ def allocate(fd: int, nbytes: int, *, zerofill_fallback: bool) -> None:
 
 
 def _make(path: Path, nbytes: int, zerofill_fallback: bool) -> None:
+    with turn(path.parent):
+        _make_in_turn(path, nbytes, zerofill_fallback)
+
+
+def _make_in_turn(path: Path, nbytes: int, zerofill_fallback: bool) -> None:
     unfinished = path.with_name(path.name + ".new")
     unfinished.unlink(missing_ok=True)
     _check_room(path.parent, nbytes)

@@ -3,7 +3,7 @@
     <root>/kvbm-<namespace>-<fingerprint>/claims      locked while someone looks for a home
                                          /generation  another one after each reset of a cache
                                          /0/owner     locked by everyone who lives there
-                                         /0/turn      locked by the rank that allocates its slab
+                                         /0/turn      locked by the rank that allocates
                                          /0/…         what they keep
                                          /1/…
 
@@ -256,7 +256,7 @@ def _claims(street: Path) -> Iterator[None]:
 
 def _move_in(street: Path, instance: bytes) -> tuple[Path, _Lock]:
     """Join our engine's home, or take a free one. Under the lock on `claims`."""
-    free = None
+    free, others = None, 0
     for home in _homes(street):
         lock = _Lock(home / _OWNER)
         if lock.take(fcntl.LOCK_EX):
@@ -266,8 +266,15 @@ def _move_in(street: Path, instance: bytes) -> tuple[Path, _Lock]:
             taken = lock.take(fcntl.LOCK_SH)
             assert taken, "exclusive locks are taken under the lock on claims"
             return home, lock
+        else:
+            others += 1
         lock.close()
     home = free or _new_home(street)
+    if free is None and others:
+        log.info(
+            "%s starts empty: %d other engine(s), or what is left of them, live in the homes "
+            "beside it", home, others,
+        )  # fmt: skip
     lock = _Lock(home / _OWNER)
     try:
         taken = lock.take(fcntl.LOCK_SH)

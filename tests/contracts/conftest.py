@@ -18,6 +18,9 @@ from kvbm_service.adapters.memory_directory import MemoryDirectory, Records
 from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
 from kvbm_service.adapters.nats_server import EmbeddedNats
+from tests.contracts.file_systems import mount, on_loop
+
+__all__ = ["mount", "on_loop"]
 
 PATIENCE_SECONDS = 30.0
 """No test waits longer for anything, and none needs nearly as long on a machine of its own."""

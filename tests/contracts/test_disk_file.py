@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import resource
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,41 +17,13 @@ from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters import disk_file, disk_lane
 from kvbm_service.adapters.disk import DiskLost
 from kvbm_service.adapters.disk_file import DiskFile
-from kvbm_service.adapters.homes import Home
+from kvbm_service.adapters.homes import Home, turn
 from kvbm_service.errors import LayoutError
 from tests.contracts.disk_rank import POOL, WHOLE, DiskRank, on_disk
+from tests.contracts.file_systems import Mount, OnLoop, frozen
 
 MIB = 1 << 20
 EVERYTHING = list(range(POOL))
-
-Mount = Callable[..., Path]
-OnLoop = Callable[[Path, int], Path]
-
-FREEZE, THAW = 0xC0045877, 0xC0045878
-"""FIFREEZE and FITHAW."""
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Mounts file systems of the kinds that faults need; skips where that is not allowed."""
-    with ExitStack() as stack:
-
-        def mount(kind: str, *options: str, source: str = "none") -> Path:
-            where = tmp_path / f"mount-{source.replace('/', '-')}-{kind}"
-            where.mkdir()
-            ran = subprocess.run(
-                ["mount", "-t", kind, *options, source, where], capture_output=True, text=True
-            )
-            if ran.returncode:
-                pytest.skip(f"{kind} cannot be mounted here: {ran.stderr.strip()}")
-            stack.callback(_run, "umount", "--lazy", where)
-            return where
-
-        yield mount
-
-
-def _run(*command: str | Path) -> None:
-    subprocess.run(command, check=True)
 
 
 @contextmanager
@@ -64,6 +35,11 @@ def largest_file(nbytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def files(home: Path) -> list[str]:
+    """What is there beside the lock of whoever allocates."""
+    return [path.name for path in home.iterdir() if path.name != "turn"]
 
 
 def test_a_file_is_really_reserved_and_its_progress_is_told(
@@ -94,10 +70,26 @@ def test_a_file_of_the_right_size_is_kept_and_any_other_is_replaced(tmp_path: Pa
     assert path.read_bytes() == bytes(2 * MIB)
 
 
+def test_ranks_that_allocate_at_once_do_not_count_the_same_room_twice(mount: Mount) -> None:
+    where = mount("tmpfs", "-o", "size=4m")
+    left = Home.claim(where, Scope("default", "one-model"), "its life", "A_SETTING")
+    DiskFile(left.path / "blocks", 2 * MIB).close()
+    left.close()
+    ours = Home.claim(where, Scope("default", "another"), "our life", "A_SETTING")
+    with ThreadPoolExecutor(2) as pool:
+        with turn(ours.path):
+            paths = [ours.path / f"rank-{rank}.blocks" for rank in range(2)]
+            made = [pool.submit(DiskFile, path, MIB + MIB // 2) for path in paths]
+            assert not wait(made, 0.2).done, "another rank allocates"
+        for file in made:
+            file.result(30.0).close()
+    assert not left.path.exists()
+
+
 def test_a_file_that_does_not_fit_is_refused_with_the_settings_to_change(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match=r"free in .*DYN_KVBM_DISK_CACHE_GB.*DISK_CACHE_DIR"):
         DiskFile(tmp_path / "blocks", 1 << 60)
-    assert not list(tmp_path.iterdir())
+    assert not files(tmp_path)
 
 
 def test_a_file_that_cannot_be_completed_leaves_nothing_behind(
@@ -106,13 +98,13 @@ def test_a_file_that_cannot_be_completed_leaves_nothing_behind(
     monkeypatch.setattr(disk_file, "STEP_BYTES", MIB)
     with largest_file(3 * MIB), pytest.raises(LayoutError, match="DYN_KVBM_DISK_CACHE_GB"):
         DiskFile(tmp_path / "blocks", 8 * MIB)
-    assert not list(tmp_path.iterdir())
+    assert not files(tmp_path)
 
 
 def test_what_a_kill_left_half_made_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "blocks.new").write_bytes(b"x" * 100)
     DiskFile(tmp_path / "blocks", MIB).close()
-    assert [path.name for path in tmp_path.iterdir()] == ["blocks"]
+    assert files(tmp_path) == ["blocks"]
 
 
 def test_a_directory_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
@@ -126,7 +118,7 @@ def test_without_fallocate_zeros_are_written_only_when_allowed(
     where = mount("ramfs")
     with pytest.raises(LayoutError, match="DYN_KVBM_DISK_ZEROFILL_FALLBACK=true"):
         DiskFile(where / "blocks", MIB)
-    assert not list(where.iterdir())
+    assert not files(where)
     file = DiskFile(where / "blocks", MIB, zerofill_fallback=True)
     file.close()
     assert (where / "blocks").read_bytes() == bytes(MIB)
@@ -153,7 +145,7 @@ def test_the_room_of_a_small_disk_is_checked_before_it_is_filled(mount: Mount) -
         DiskFile(where / "blocks", 2 * MIB)
     with pytest.raises(LayoutError, match=r"index.*No space left"):
         DiskRank(where, WHOLE, slots=128)  # its file takes all there is
-    assert [path.name for path in where.iterdir()] == ["rank-0.blocks"]
+    assert files(where) == ["rank-0.blocks"]
 
 
 def test_files_that_an_engine_of_another_model_left_make_room(mount: Mount) -> None:
@@ -179,28 +171,6 @@ def test_a_write_that_hits_a_limit_gives_the_disk_up_in_words(tmp_path: Path) ->
 
 
 # -- block devices that fail -------------------------------------------------------------------
-
-
-@pytest.fixture
-def on_loop(mount: Mount) -> Iterator[OnLoop]:
-    """Mounts a file system of `nbytes` that lies in a file in some directory, with holes."""
-    with ExitStack() as stack:
-
-        def on_loop(directory: Path, nbytes: int) -> Path:
-            image = directory / "image"
-            with image.open("wb") as file:
-                file.truncate(nbytes)
-            _run("mkfs.ext4", "-q", "-O", "^has_journal", image)
-            ran = subprocess.run(
-                ["losetup", "--find", "--show", image], capture_output=True, text=True
-            )
-            if ran.returncode:
-                pytest.skip(f"no loop device here: {ran.stderr.strip()}")
-            device = ran.stdout.strip()
-            stack.callback(_run, "losetup", "--detach", device)
-            return mount("ext4", source=device)
-
-        yield on_loop
 
 
 def test_a_disk_with_errors_is_given_up_and_what_is_written_stays_readable(
@@ -243,17 +213,3 @@ def test_a_disk_that_does_not_answer_is_given_up_and_its_memory_left_alone(
         rank.close()
         assert time.monotonic() - began < 5.0
     assert disk_lane._given_up, "the kernel may still have been at it"
-
-
-@contextmanager
-def frozen(file_system: Path) -> Iterator[None]:
-    """Let nothing be written to it, so that a device that lies in it does not answer."""
-    fd = os.open(file_system, os.O_RDONLY)
-    try:
-        fcntl.ioctl(fd, FREEZE, 0)
-        try:
-            yield
-        finally:
-            fcntl.ioctl(fd, THAW, 0)
-    finally:
-        os.close(fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import subprocess
 import sys
@@ -107,6 +108,19 @@ def test_ranks_of_one_engine_share_a_home_and_another_engine_gets_its_own(tmp_pa
     assert claim(tmp_path, "b").path.name == "1"
     assert claim(tmp_path, "a").path.name == "0"
     assert root_of(ranks[0].path) == tmp_path
+
+
+def test_an_engine_that_starts_beside_what_is_left_of_an_earlier_one_says_that_it_starts_empty(
+    tmp_path: Path, claimants: list[Claimant], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "kvbm_service")
+    lingering = Claimant(tmp_path, "earlier")
+    claimants.append(lingering)
+    lingering.begin()
+    lingering.home()
+    claim(tmp_path, "later")
+    claim(tmp_path, "later")  # its other rank
+    assert caplog.text.count("f00d/1 starts empty: 1 other engine(s)") == 1
 
 
 def test_engines_of_different_scopes_do_not_meet(tmp_path: Path) -> None:
