@@ -43,7 +43,7 @@ from kvbm_service.setting_kind import (
     one_of,
     whole,
 )
-from kvbm_service.unused_settings import NOT_USED_YET, why_unused
+from kvbm_service.unused_settings import NOT_USED_YET, USED_ELSEWHERE, why_unused
 
 _log = logging.getLogger(__name__)
 
@@ -517,7 +517,7 @@ def resolve(layers: Sequence[Layer]) -> Resolved:
                 unused.append(key)
             elif field is None and layer.source is not Source.ENVIRONMENT:
                 raise SettingError(key, _masked(value), f"unknown key; nearest is {nearest(key)}")
-            elif field is None and key.startswith(OUR_PREFIXES):
+            elif field is None and key.startswith(OUR_PREFIXES) and key not in USED_ELSEWHERE:
                 unknown[key] = nearest(key)
     return Resolved(Settings(**values), sources, tuple(sorted(set(unused))), unknown)
 

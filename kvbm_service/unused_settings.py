@@ -1,4 +1,4 @@
-"""Settings of Dynamo's KVBM that are no settings here, and why: nobody should wonder in vain."""
+"""Names that are meant for us and are no settings of an engine: nobody should wonder in vain."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ NOT_USED_YET: Mapping[str, str] = {
     "DYN_KVBM_OBJECT_NUM_BLOCKS": _NO_OBJECTS,
 }
 """Variables that people bring along from Dynamo's KVBM and that change nothing here: why not."""
+
+USED_ELSEWHERE = frozenset({"KVBM_BIND_ADDRESS"})
+"""Variables that deploy/docker-compose.yml reads: an engine that sees them has no use for them."""
 
 _NOT_USED_YET_PREFIX = re.compile(r"DYN_KVBM_NIXL_BACKEND_\w+")
 

@@ -25,6 +25,8 @@ from kvbm_service.settings import (
 )
 from kvbm_service.unused_settings import NOT_USED_YET
 
+COMPOSE = Path(__file__).parents[2] / "deploy" / "docker-compose.yml"
+
 GUIDES_NAMES = {
     "DYN_KVBM_CPU_CACHE_GB": "cpu_cache_gb",
     "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": "cpu_cache_override_num_blocks",
@@ -319,6 +321,13 @@ def test_the_guides_other_names_are_said_to_be_unused_and_are_no_typos(
     )
     reason = re.compile(r"is set, but not used yet in this version: \w+ .+")
     assert all(reason.search(line) for line in caplog.messages)
+
+
+def test_a_variable_of_the_compose_file_is_no_typo_to_an_engine() -> None:
+    named = re.findall(r"\$\{(KVBM_\w+)", COMPOSE.read_text())
+    assert "KVBM_BIND_ADDRESS" in named
+    resolved = resolve([Layer(Source.ENVIRONMENT, dict.fromkeys(named, "10.0.0.1"))])
+    assert resolved.notices == []
 
 
 def test_the_readme_lists_every_setting_with_its_default_and_meaning() -> None:
