@@ -13,9 +13,8 @@ import logging
 import secrets
 from typing import TYPE_CHECKING, TypeVar
 
-from kvbm_schemas.block import BlockHash, Tier, pack
 from kvbm_schemas.codec import Decoder, Malformed, encode
-from kvbm_schemas.message import MAX_BATCH_BLOCKS, Message
+from kvbm_schemas.message import Message
 from kvbm_schemas.records import NodeRecord, RankRecord
 from kvbm_schemas.requests import (
     Acquire,
@@ -26,7 +25,6 @@ from kvbm_schemas.requests import (
     Refused,
     Release,
     Resync,
-    SnapshotChunk,
 )
 from kvbm_schemas.step import Moved
 from kvbm_schemas.subjects import REGISTRY_NODE, rank_what
@@ -46,6 +44,7 @@ from kvbm_service.core.leader import Leader
 from kvbm_service.errors import BusError, DirectoryError, LayoutError, RanksMissing
 from kvbm_service.network import Connect, Network
 from kvbm_service.presence import decode_record, join, stop_if_cancelled
+from kvbm_service.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from kvbm_service.leader_service import LeaderService
@@ -61,8 +60,6 @@ MAX_OUTGOING = 8192
 
 MAX_QUESTIONS = 256
 """Questions to registries and owners under way. Beyond, they count as unanswered."""
-
-SNAPSHOT_CHUNK_BLOCKS = MAX_BATCH_BLOCKS // 2
 
 _Outgoing = Publish | Announce | GiveBack | Answer
 
@@ -82,6 +79,7 @@ class LeaderBus:
         self._outgoing: asyncio.Queue[_Outgoing] = asyncio.Queue(MAX_OUTGOING)
         self._waiting: dict[str, str] = {}
         """Lease requests that wait for our disk: where the answer goes, by token."""
+        self._snapshots = Snapshots(leader, self._send_chunk)
         self._questions = 0
         self._warned: set[str] = set()
 
@@ -93,6 +91,7 @@ class LeaderBus:
                 self._tasks.create_task(self._send())
                 self._tasks.create_task(self._tick())
                 self._tasks.create_task(self._log_hit_rates())
+                self._tasks.create_task(self._snapshots.run())
                 await self._meet_ranks()
                 self._tasks.create_task(self._take_part())
                 watch = await self._watch(self._on_peer, self._key_prefix)
@@ -284,21 +283,12 @@ class LeaderBus:
     async def _on_snapshot(self, delivery: Delivery) -> None:
         if self._decode(delivery, _resyncs) is None or not delivery.reply or not self._is_member:
             return
-        snapshot = self._leader.on_core(lambda core: core.snapshot(), None)
-        if snapshot is None:
-            return
-        beat, tiers = snapshot
-        parts = [part for tier, blocks in tiers for part in _chunks(tier, blocks)]
-        for index, (tier, blocks) in enumerate(parts):
-            chunk = SnapshotChunk(
-                epoch=beat.epoch,
-                seq=beat.seq,
-                index=index,
-                total=len(parts),
-                tier=tier,
-                hashes=pack(blocks),
-            )
-            await self._publish(delivery.reply, chunk)
+        self._snapshots.ask(delivery.reply)
+
+    async def _send_chunk(self, reply: str, payload: bytes) -> None:
+        if self._is_member:
+            with contextlib.suppress(BusError):  # whoever asked will ask again
+                await self._bus.publish(reply, payload)
 
     def _decode(self, delivery: Delivery, decoder: Decoder[T]) -> T | None:
         try:
@@ -438,12 +428,6 @@ class LeaderBus:
 
     def _encode(self, message: Message) -> bytes:
         return encode(message, self._leader.settings.wire)
-
-
-def _chunks(tier: Tier, blocks: list[BlockHash]) -> list[tuple[Tier, list[BlockHash]]]:
-    """A tier's blocks in portions for one message each; an empty tier is one portion, too."""
-    starts = range(0, max(1, len(blocks)), SNAPSHOT_CHUNK_BLOCKS)
-    return [(tier, blocks[start : start + SNAPSHOT_CHUNK_BLOCKS]) for start in starts]
 
 
 def _go_offline(core: Leader) -> None:

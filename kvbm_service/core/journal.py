@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from kvbm_schemas.block import BlockHash, Tier, pack
 from kvbm_schemas.events import Beat, BlockEvent, Cleared, Removed, Stored
@@ -13,10 +14,20 @@ MAX_UNSENT_EVENTS = 4096
 so whoever listens notices the gap and asks for a snapshot."""
 
 
+class Follower(Protocol):
+    """Hears of each event when it happens."""
+
+    def note(self, event: BlockEvent) -> None: ...
+
+    def give_up(self) -> None: ...
+
+
 class Journal:
     """Numbers events, and keeps those that were not published yet."""
 
     def __init__(self) -> None:
+        self.follower: Follower | None = None
+        """A copy of the node's blocks that is being taken (snapshot.py)."""
         self.epoch = 0
         self.seq = 0
         self.dropped = 0
@@ -57,6 +68,8 @@ class Journal:
         return self.seq
 
     def _add(self, event: BlockEvent) -> None:
+        if self.follower is not None:
+            self.follower.note(event)
         self._unsent.append(event)
         if len(self._unsent) > MAX_UNSENT_EVENTS:
             del self._unsent[0]
@@ -64,6 +77,4 @@ class Journal:
 
 
 def _batches(blocks: Sequence[BlockHash]) -> list[Sequence[BlockHash]]:
-    return [
-        blocks[at : at + MAX_BATCH_BLOCKS] for at in range(0, len(blocks), MAX_BATCH_BLOCKS)
-    ]
+    return [blocks[at : at + MAX_BATCH_BLOCKS] for at in range(0, len(blocks), MAX_BATCH_BLOCKS)]

@@ -31,6 +31,7 @@ from kvbm_service.core.outbox import Outbox
 from kvbm_service.core.peers import Peers
 from kvbm_service.core.prefetch import Prefetch
 from kvbm_service.core.reads import NO_HITS, Hits, Reader
+from kvbm_service.core.snapshot import Snapshot
 from kvbm_service.core.spills import Spills
 from kvbm_service.core.tiers import Tiers
 
@@ -66,9 +67,7 @@ class Leader:
             self.orders,
             self.peers,
             self._hot,
-            budget=0
-            if limits.disk_only
-            else int(self.tiers.host.capacity * limits.prefetch_share),
+            budget=0 if limits.disk_only else int(self.tiers.host.capacity * limits.prefetch_share),
             transfer_seconds=limits.transfer_seconds,
             answer_seconds=limits.lookup_seconds,
         )
@@ -104,9 +103,7 @@ class Leader:
         """
         return self.lookups.match(request, computed, now)
 
-    def load(
-        self, request: str, computed: int, device_blocks: Sequence[int], now: float
-    ) -> None:
+    def load(self, request: str, computed: int, device_blocks: Sequence[int], now: float) -> None:
         """Fill `device_blocks` with the chain's blocks from `computed` on, as `match` promised.
 
         With no device blocks, the engine does not want what was promised.
@@ -168,9 +165,7 @@ class Leader:
         dealt_with = offered[head] if room_is_short else len(chain)
         offered = offered[:head]
         op = self.orders.save_op
-        taken = self.tiers.reserve(
-            self._save_to, [chain[index] for index in offered], op, after
-        )
+        taken = self.tiers.reserve(self._save_to, [chain[index] for index in offered], op, after)
         indices = [offered[position] for position in taken.indices]
         held = [device_blocks[index] for index in indices]
         self.orders.save([chain[index] for index in indices], taken.slots, held)
@@ -298,8 +293,12 @@ class Leader:
         """
         self.orders.put_into_step(fetch)
 
+    def begin_snapshot(self) -> Snapshot:
+        """A copy of what is held, to be taken in slices so that nobody has to wait."""
+        return Snapshot(self.tiers, self.journal)
+
     def snapshot(self) -> tuple[Beat, list[tuple[Tier, list[BlockHash]]]]:
-        """All readable blocks by tier, and the last event they include."""
+        """All readable blocks by tier, and the last event they include; takes its time."""
         return self.journal.beat(), self.tiers.snapshot()
 
     def status(self) -> tuple[TierStatus, ...]:
@@ -333,9 +332,7 @@ class Leader:
         """Blocks of other nodes get a copy here from the second time on that they are used."""
         came = [name for taken in order.taken if taken.node for name in taken.names]
         hot = self._hot.offer(came, now)
-        reader.in_place.update(
-            block for block, worth in zip(came, hot, strict=True) if not worth
-        )
+        reader.in_place.update(block for block, worth in zip(came, hot, strict=True) if not worth)
 
     def _settle(self, op: int, settled: Settled, now: float) -> None:
         """All ranks have come to the end of a move."""

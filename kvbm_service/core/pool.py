@@ -127,6 +127,15 @@ class Pool:
         """Every readable block."""
         return [block for block, slot in self._slots.items() if slot not in self._filling]
 
+    def names(self, start: int, stop: int) -> list[BlockHash]:
+        """The readable blocks in the slots from `start` to before `stop`."""
+        filling = self._filling
+        return [
+            block
+            for slot, block in enumerate(self._names[start:stop], start)
+            if block is not None and slot not in filling
+        ]
+
     def fills(self, slots: Iterable[int]) -> list[int]:
         """The fill stamps of these slots."""
         return [self._fills[slot] for slot in slots]

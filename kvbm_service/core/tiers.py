@@ -100,8 +100,13 @@ class Tiers:
             TierStatus(tier, pool.capacity, pool.used, pool.pinned) for tier, pool in self._pools
         )
 
+    @property
+    def present(self) -> list[Tier]:
+        """The tiers that are there."""
+        return [tier for tier, _ in self._pools]
+
     def snapshot(self) -> list[tuple[Tier, list[BlockHash]]]:
-        """Every readable block of each tier."""
+        """Every readable block of each tier, at once."""
         return [(tier, pool.blocks()) for tier, pool in self._pools]
 
     @property
@@ -174,8 +179,8 @@ class Tiers:
     def give_up_disk(self) -> None:
         """The disk has failed: there is no disk tier any more."""
         if self.disk is not None:
-            self._journal.removed(self.disk.blocks(), Tier.DISK)
-            self.disk = None
+            lost, self.disk = self.disk.blocks(), None
+            self._journal.removed(lost, Tier.DISK)
 
     def fills(self, pinned: Pinned) -> Sequence[int]:
         """The fill stamps of pinned slots; in a tier that was given up meanwhile, none: 0."""

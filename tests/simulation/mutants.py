@@ -12,7 +12,18 @@ import pytest
 
 from kvbm_schemas.events import Beat
 from kvbm_schemas.requests import Leased
-from kvbm_service.core import cursor, journal, leader, lease, lookups, moves, pool, reads, registry
+from kvbm_service.core import (
+    cursor,
+    journal,
+    leader,
+    lease,
+    lookups,
+    moves,
+    pool,
+    reads,
+    registry,
+    snapshot,
+)
 from kvbm_service.core.columns import unpack_u32
 from tests.simulation import rank
 from tests.simulation.weather import Weather
@@ -121,7 +132,26 @@ def _count_nothing_that_is_dropped(patch: Patch) -> None:
 
 
 def _snapshot_with_blocks_on_their_way(patch: Patch) -> None:
-    patch.setattr(pool.Pool, "blocks", lambda self: [*self._slots])
+    patch.setattr(
+        pool.Pool, "names", lambda self, start, stop: list(filter(None, self._names[start:stop]))
+    )
+
+
+def _snapshot_without_what_changed_meanwhile(patch: Patch) -> None:
+    patch.setattr(snapshot.Snapshot, "note", lambda self, event: None)
+
+
+def _snapshot_as_of_its_beginning(patch: Patch) -> None:
+    right = snapshot.Snapshot.look
+
+    def look(self: snapshot.Snapshot) -> bool:
+        began = self.__dict__.setdefault("began", self._journal.beat())
+        more = right(self)
+        if self.at is not None:
+            self.at = began
+        return more
+
+    patch.setattr(snapshot.Snapshot, "look", look)
 
 
 def _apply_over_a_gap(patch: Patch) -> None:
@@ -203,6 +233,10 @@ MUTANTS = [
     Mutant("wait without a deadline", _wait_without_a_deadline, LOSSY, "has waited"),
     Mutant("do not count what is dropped", _count_nothing_that_is_dropped, FAIR, "as it was not"),
     Mutant("put blocks on their way into a snapshot", _snapshot_with_blocks_on_their_way,
+           LOSSY, "as it was not"),
+    Mutant("leave out of a snapshot what changed meanwhile",
+           _snapshot_without_what_changed_meanwhile, LOSSY, "as it was not"),
+    Mutant("take a snapshot for as old as its first slice", _snapshot_as_of_its_beginning,
            LOSSY, "as it was not"),
     Mutant("apply over a gap", _apply_over_a_gap, LOSSY, "as it was not"),
     Mutant("apply a late snapshot", _apply_a_late_snapshot,

@@ -5,11 +5,12 @@ A node lives once: after a crash, another one with the same name takes its place
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from kvbm_schemas import step
-from kvbm_schemas.block import BlockHash, pack
+from kvbm_schemas.block import pack
 from kvbm_schemas.message import Message
 from kvbm_schemas.records import NodeRecord
 from kvbm_schemas.requests import (
@@ -36,6 +37,7 @@ from kvbm_service.core.effects import (
     TellRanks,
 )
 from kvbm_service.core.journal import Journal
+from kvbm_service.core.snapshot import Snapshot
 from tests.simulation.directory import Entry, Watcher
 from tests.simulation.engine import Engine
 from tests.simulation.network import Answer as Reply
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
 
 TICK_SECONDS = 0.05
 BEAT_SECONDS = 0.15
+SLICE_SLOTS = 3
+LONGEST_SLICE = 0.02
+"""Between two slices of a snapshot."""
 CHUNK_BLOCKS = 3
 LOOKS_PER_INSPECTION = 6
 STAGING_SECONDS = 0.12
@@ -83,6 +88,8 @@ class Node:
         self._looks = 0
         self._asking: dict[str, tuple[bytes, Reply]] = {}
         """Who waits for our disk, and what for."""
+        self._askers: list[Reply] = []
+        """Who waits for the snapshot that is being taken."""
         self._member = False
         self._every(BEAT_SECONDS, self._beat)
         self._every(TICK_SECONDS, self._tick)
@@ -214,7 +221,9 @@ class Node:
             case Release(lease=lease):
                 self.leader.release(lease)
             case Resync():
-                self._send_snapshot(answer)
+                self._askers.append(answer)
+                if len(self._askers) == 1:
+                    self.world.timeline.play(self.process, self._take_snapshot())
         self.inspect()
         self.pump()
 
@@ -223,15 +232,20 @@ class Node:
         self.world.oracles.lease_is_true(self, hashes, granted)
         answer(granted)
 
-    def _send_snapshot(self, answer: Reply) -> None:
-        beat, tiers = self.leader.snapshot()
-        parts = [(tier, part) for tier, blocks in tiers for part in _chunks(blocks)]
-        for index, (tier, part) in enumerate(parts):
+    def _take_snapshot(self) -> Iterator[float]:
+        """Look through the slots bit by bit, then answer all who have asked."""
+        copy = Snapshot(self.leader.tiers, self.journal, SLICE_SLOTS, CHUNK_BLOCKS)
+        while copy.look():
+            yield self.world.chance.random() * LONGEST_SLICE
+        assert copy.at is not None
+        total, askers, self._askers = copy.total, self._askers, []
+        for index, (tier, blocks) in enumerate(copy.chunks()):
             chunk = SnapshotChunk(
-                epoch=beat.epoch, seq=beat.seq, index=index, total=len(parts),
-                tier=tier, hashes=pack(part),
+                epoch=copy.at.epoch, seq=copy.at.seq, index=index, total=total,
+                tier=tier, hashes=pack(blocks),
             )  # fmt: skip
-            answer(chunk)
+            for answer in askers:
+                answer(chunk)
 
     # -- from time to time -----------------------------------------------------------------
 
@@ -285,9 +299,3 @@ class Node:
 
     def _every(self, period: float, action: object) -> None:
         self.world.timeline.every(period, self.process, action)  # type: ignore[arg-type]
-
-
-def _chunks(blocks: list[BlockHash]) -> list[list[BlockHash]]:
-    """A tier's blocks in portions for one message each; an empty tier is one portion, too."""
-    starts = range(0, max(1, len(blocks)), CHUNK_BLOCKS)
-    return [blocks[start : start + CHUNK_BLOCKS] for start in starts]
