@@ -18,8 +18,9 @@ from typing import Self
 from kvbm_schemas.codec import encode
 from kvbm_schemas.requests import Locate
 from kvbm_schemas.subjects import REGISTRY_NODE, Scope
+from kvbm_service.adapters.embedded_server import die_with
 from kvbm_service.adapters.nats_bus import NatsBus
-from kvbm_service.adapters.nats_server import EmbeddedNats, die_with
+from kvbm_service.adapters.nats_server import EmbeddedNats
 from kvbm_service.demo.process_group import end_group
 from kvbm_service.errors import BusError, KvbmError
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from deploy.dev.programs import PROMETHEUS, find
-from kvbm_service.adapters.nats_server import die_with
+from kvbm_service.adapters.embedded_server import die_with
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yml"
 SCRAPE_SECONDS = 0.2

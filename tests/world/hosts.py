@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import msgspec
 
-from kvbm_service.adapters.nats_server import die_with
+from kvbm_service.adapters.embedded_server import die_with
 from kvbm_service.demo.process_group import end_group
 from tests.world.line import Line, Traffic
 from tests.world.namespace import NotPermitted, enter_new
