@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from aetcd import rpc
 
 from kvbm_service.adapters.directory import Entry
-from kvbm_service.adapters.etcd_errors import LeaseGone, Unreachable, explain
+from kvbm_service.adapters.etcd_errors import LeaseGone, Unreachable
 from kvbm_service.adapters.etcd_login import PREFIX, EtcdLogin
 from kvbm_service.adapters.etcd_servers import EtcdServers
 from kvbm_service.adapters.etcd_session import EtcdSession
@@ -50,10 +50,9 @@ class _Members:
     with the lease that the record lies under: leases have random names, and end with the rest.
     """
 
-    def __init__(self, login: EtcdLogin, lease_seconds: float) -> None:
+    def __init__(self, servers: EtcdServers, lease_seconds: float) -> None:
+        self._servers = servers
         self._lease_seconds = lease_seconds
-        self._login = login
-        self.servers = EtcdServers(login, min(MAX_ANSWER_SECONDS, lease_seconds / 3))
         self._held: dict[str, _Held] = {}
 
     @property
@@ -113,11 +112,11 @@ class _Members:
         """The lease for `key`, at the beginning of its time."""
         held = self._held.get(key)
         if held is None or not await self._keep_alive(held.lease):
-            held = self._held[key] = _Held(await self.servers.ask(self._grant), owner)
+            held = self._held[key] = _Held(await self._servers.ask(self._grant), owner)
         return held
 
     async def _keep_alive(self, lease: int) -> bool:
-        return await self.servers.ask(lambda session: session.keep_alive(lease))
+        return await self._servers.ask(lambda session: session.keep_alive(lease))
 
     async def _grant(self, session: EtcdSession) -> int:
         lease = secrets.randbits(_LEASE_BITS) or 1
@@ -127,7 +126,7 @@ class _Members:
     async def _replace(self, key: str, expected: int, change: Any) -> int:
         """Make a change to revision `expected`; etcd's own number of the new one."""
         request = rpc.TxnRequest(compare=_is_at(key, expected), success=[change])
-        answer = await self.servers.ask(lambda session: session.transact(request))
+        answer = await self._servers.ask(lambda session: session.transact(request))
         if not answer.succeeded:
             raise Conflict(f"{key} was changed by another")
         return int(answer.header.revision)
@@ -147,7 +146,7 @@ class _Members:
             yield revision, page.kvs
 
     async def _page(self, request: Any) -> Any:
-        return await self.servers.ask(lambda session: session.range(request))
+        return await self._servers.ask(lambda session: session.range(request))
 
     async def _changes(self, prefix: str, revision: int) -> AsyncGenerator[Sighting, None]:
         """What was written after `revision`."""
@@ -156,7 +155,7 @@ class _Members:
         )
         heartbeat = self._lease_seconds / HEARTBEATS_PER_LEASE
         async with (
-            self.servers.use() as session,
+            self._servers.use() as session,
             contextlib.aclosing(session.watch(request, heartbeat)) as answers,
         ):
             async for answer in answers:
@@ -169,7 +168,7 @@ class _Members:
             raise DirectoryError(f"etcd has forgotten what was before {answer.compact_revision}")
         if answer.canceled:
             code = rpc.StatusCode.UNKNOWN
-            raise explain(self._login, session.member, code, answer.cancel_reason)
+            raise session.explain(code, answer.cancel_reason)
         if answer.header.revision < revision:
             # It lost its state meanwhile, or lags behind the server that was read from. To wait
             # for a revision which it reaches some day would be to miss all before.
@@ -179,7 +178,7 @@ class _Members:
         """Seconds since the lease was kept alive, at least: etcd tells whole ones."""
         if not lease:
             return math.inf  # not written by one of us, and never renewed
-        left = await self.servers.ask(lambda session: session.time_to_live(lease))
+        left = await self._servers.ask(lambda session: session.time_to_live(lease))
         return max(0.0, left.grantedTTL - left.TTL - 1.0) if left.TTL >= 0 else math.inf
 
 
@@ -189,7 +188,8 @@ class EtcdDirectory(LeasedRecords):
     def __init__(self, login: EtcdLogin, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
         if lease_seconds < MIN_LEASE_SECONDS:
             raise SettingError("lease_seconds", lease_seconds, f"at least {MIN_LEASE_SECONDS} s")
-        self._members = _Members(login, lease_seconds)
+        self.servers = EtcdServers(login, min(MAX_ANSWER_SECONDS, lease_seconds / 3))
+        self._members = _Members(self.servers, lease_seconds)
         super().__init__(self._members)
 
     async def entries(self, prefix: str = "") -> list[Entry]:
@@ -198,7 +198,7 @@ class EtcdDirectory(LeasedRecords):
     async def close(self) -> None:
         """Leave with every record that was joined here, and let go of the connection."""
         await super().close()
-        await self._members.servers.close()
+        await self.servers.close()
 
 
 def _path(key: str) -> bytes:

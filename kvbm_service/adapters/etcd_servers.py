@@ -34,6 +34,7 @@ class EtcdServers:
         self._turn = 0
         self._session: EtcdSession | None = None
         self._opening = asyncio.Lock()
+        self._closed = False
         self._refusal = ""
         self._refused_until = -math.inf
         self._logged: type[DirectoryError] | None = DirectoryError
@@ -91,7 +92,8 @@ class EtcdServers:
             log.warning("%s; trying again in the background", problem)
 
     async def close(self) -> None:
-        """Let go of the connection."""
+        """Let go of the connection, and make no other one."""
+        self._closed = True
         if self._session is not None:
             await self._leave(self._session)
 
@@ -102,6 +104,8 @@ class EtcdServers:
             return self._session
 
     async def _open(self) -> EtcdSession:
+        if self._closed:
+            raise DirectoryError("the directory is closed")
         if time.monotonic() < self._refused_until:
             raise LoginRefused(self._refusal)
         member = self._login.members[self._turn % len(self._login.members)]

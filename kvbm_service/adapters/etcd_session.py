@@ -122,6 +122,10 @@ class EtcdSession:
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
 
+    def explain(self, code: object, details: str) -> DirectoryError:
+        """An error of ours for what this server said."""
+        return explain(self._login, self.member, code, details)
+
     async def _log_in(self) -> None:
         request = rpc.AuthenticateRequest(name=self._login.user, password=self._login.password)
         authenticate = rpc.AuthStub(self._channel).Authenticate
@@ -159,8 +163,7 @@ class EtcdSession:
         try:
             yield
         except rpc.AioRpcError as error:
-            words = error.details() or ""
-            raise explain(self._login, self.member, error.code(), words) from None
+            raise self.explain(error.code(), error.details() or "") from None
         finally:
             self._count -= 1
             await self._close_if_unused()

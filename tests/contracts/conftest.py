@@ -1,4 +1,4 @@
-"""What the bus and directory contracts run on: the in-memory adapters, and a real nats-server."""
+"""What the bus and directory contracts run on: in-memory adapters, real nats-server and etcd."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Protocol
 import pytest
 
 from kvbm_service.adapters.bus import Bus
+from kvbm_service.adapters.etcd_directory import EtcdDirectory
+from kvbm_service.adapters.etcd_login import parse_login
+from kvbm_service.adapters.etcd_server import EmbeddedEtcd
 from kvbm_service.adapters.leased_records import LeasedRecords
 from kvbm_service.adapters.memory_bus import Hub, MemoryBus
 from kvbm_service.adapters.memory_directory import MemoryDirectory, Records
@@ -43,6 +46,12 @@ def _eventually() -> Callable[..., object]:
 @pytest.fixture
 def nats_server(tmp_path: Path) -> Iterator[EmbeddedNats]:
     with EmbeddedNats(store_dir=tmp_path / "nats") as server:
+        yield server
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[EmbeddedEtcd]:
+    with EmbeddedEtcd(store_dir=tmp_path / "etcd") as server:
         yield server
 
 
@@ -180,14 +189,43 @@ class NatsDirectoryWorld:
             await bus.close()
 
 
-@pytest.fixture(params=["memory", "nats"])
+class EtcdDirectoryWorld:
+    def __init__(self, server: EmbeddedEtcd, store_dir: Path) -> None:
+        self._server = server
+        self._store_dir = store_dir
+        self._opened: list[EtcdDirectory] = []
+
+    async def open(self) -> EtcdDirectory:
+        self._opened.append(EtcdDirectory(parse_login(self._server.url), LEASE_SECONDS))
+        return self._opened[-1]
+
+    async def crash(self, directory: LeasedRecords) -> None:
+        assert isinstance(directory, EtcdDirectory)
+        await directory.servers.close()
+
+    async def lose(self) -> None:
+        self._server.kill()
+
+    async def recover(self, *, wiped: bool = False) -> None:
+        if wiped:
+            shutil.rmtree(self._store_dir)
+        await asyncio.to_thread(self._server.start)
+
+    async def close(self) -> None:
+        for directory in self._opened:
+            await directory.close()
+
+
+@pytest.fixture(params=["memory", "nats", "etcd"])
 async def directories(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> AsyncIterator[DirectoryWorld]:
+    world: MemoryDirectoryWorld | NatsDirectoryWorld | EtcdDirectoryWorld
     if request.param == "memory":
-        world: MemoryDirectoryWorld | NatsDirectoryWorld = MemoryDirectoryWorld()
+        world = MemoryDirectoryWorld()
+    elif request.param == "nats":
+        world = NatsDirectoryWorld(request.getfixturevalue("nats_server"), tmp_path / "nats")
     else:
-        server = request.getfixturevalue("nats_server")
-        world = NatsDirectoryWorld(server, tmp_path / "nats")
+        world = EtcdDirectoryWorld(request.getfixturevalue("etcd"), tmp_path / "etcd")
     yield world
     await world.close()
