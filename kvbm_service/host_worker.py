@@ -6,7 +6,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,12 +14,13 @@ import torch
 from kvbm_schemas.block import Tier
 from kvbm_schemas.records import RankRecord
 from kvbm_schemas.step import Survivors
+from kvbm_service import forgetting
 from kvbm_service.adapters import device_pool
 from kvbm_service.adapters.affinity import every_cpu
 from kvbm_service.adapters.copies import Copies, CpuCopies
 from kvbm_service.adapters.disk import Contents
 from kvbm_service.adapters.disk_tier import DiskTier
-from kvbm_service.adapters.homes import Home, begin_generation, generation
+from kvbm_service.adapters.homes import Home, generation
 from kvbm_service.adapters.host_tier import HostTier, parts
 from kvbm_service.adapters.nixl_mover import NixlMover
 from kvbm_service.adapters.slab import Slab
@@ -83,8 +83,8 @@ def start_worker(
         mover,
         disk,
         survivors=survivors,
-        forget=_all(
-            *(partial(begin_generation, Path(root), rank.scope) for root in _roots(settings)),
+        forget=forgetting.for_good(
+            *forgetting.homes(settings, rank.scope),
             slab.forget,
             *([disk.forget] if disk else []),
         ),
@@ -92,11 +92,6 @@ def start_worker(
         connect=connect,
         close=_all(slab.close, *(one.close for one in (shared, home) if one is not None)),
     )
-
-
-def _roots(settings: Settings) -> list[str]:
-    """Where engines of this machine keep tiers, this one's or not."""
-    return [root for root in (settings.host_cache_dir, settings.disk_cache_dir) if root]
 
 
 def _home(settings: Settings, field: str, rank: RankId) -> Home | None:

@@ -15,6 +15,7 @@ from kvbm_connectors.vllm_channel import KvbmHandshake, KvbmMetadata, KvbmWorker
 from kvbm_connectors.vllm_events import EngineEvents
 from kvbm_connectors.vllm_layout import name_of
 from kvbm_schemas.block import BlockHash
+from kvbm_service import forgetting
 from kvbm_service.core.reads import Hits
 from kvbm_service.errors import LayoutError
 from kvbm_service.leader_service import LeaderService
@@ -199,8 +200,9 @@ class SchedulerSide:
         return self._events.take()
 
     def reset(self) -> None:
-        """Forget every block."""
+        """Forget every block, for later lives, too."""
         self._leader.reset()
+        forgetting.for_good(*forgetting.homes(self._leader.settings, self._leader.scope))()
 
     def close(self) -> None:
         """The engine ends."""

@@ -250,6 +250,18 @@ def test_after_a_reset_no_later_life_finds_anything(life: MakeLife) -> None:
         assert held(engine) == (10, 10)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_after_a_reset_that_no_step_follows_no_later_life_finds_anything_either(
+    life: MakeLife, model: ModelConfig, kept: dict[str, Any], ranks: int
+) -> None:
+    engine = Engine(model, Shape(extra=kept, ranks=ranks))
+    engine.ask(prompt(41))
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    engine.shutdown()
+    with life(ranks=ranks) as engine:
+        assert held(engine) == (0, 0)
+
+
 # -- where it is -------------------------------------------------------------------------------
 
 
