@@ -3,6 +3,7 @@
 Four lanes, each a thread: copies between the device and the host tier, reads from other nodes,
 reads from the disk, writes to it. A peer that hangs or a slow disk thereby delays nobody's local
 hit. Within a lane, loads go first: a request waits for a load, nobody waits for the rest.
+A disk that does not answer at all is given up, and its lanes with it (disk_watch.py).
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ from kvbm_schemas.step import (
 from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters.disk import Disk, DiskLost
 from kvbm_service.adapters.mover import Blocks, Fence, Hop, Indices, Mask, Mover, RemoteSlab
+from kvbm_service.disk_watch import DiskWatch
 from kvbm_service.errors import TransferError
 from kvbm_service.fetched import Fetched
-from kvbm_service.lanes import Job, Lane
+from kvbm_service.lanes import Job, Lane, Tell
 from kvbm_service.loop_thread import LoopThread
 from kvbm_service.network import Connect
 from kvbm_service.worker_bus import WorkerBus
@@ -77,7 +79,7 @@ class WorkerService:
     """One rank's worker. `submit` and `collect` are for the engine's thread, and never wait.
 
     `survivors` is what the tiers held when they were opened; `forget` is called when no later
-    life may find what they hold.
+    life may find what they hold (forgetting.py).
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class WorkerService:
         self._reads = Lane("kvbm-reads", idle=mover.progress)
         self._disk_reads = Lane("kvbm-disk-reads") if disk is not None else None
         self._disk_writes = Lane("kvbm-disk-writes") if disk is not None else None
+        self._watch = DiskWatch(disk, self._abandon_disk) if disk is not None else None
         self._presence: LoopThread | None = None
         if scope is not None and connect is not None:
             bus = WorkerBus(record, scope, connect, self.fetch_now)
@@ -118,7 +121,7 @@ class WorkerService:
     def submit(self, commands: StepCommands) -> None:
         """Take over what the leader wants done, after the device work that is queued now."""
         if commands.forget:
-            self._forget_for_good()
+            self._forget()
         for agent in commands.gone:
             self._reads.add(Job(partial(self._mover.forget, agent), _warn))
         for peer in commands.peers:
@@ -153,9 +156,13 @@ class WorkerService:
         """Leave the directory, end the lanes, let go of memory and files."""
         if self._presence is not None:
             self._presence.stop()
-        for lane in (self._reads, self._copies, self._disk_reads, self._disk_writes):
-            if lane is not None:
-                lane.close()
+        if self._watch is not None:
+            self._watch.close()
+        lanes = (self._reads, self._copies, self._disk_reads, self._disk_writes)
+        ended = [lane.close() for lane in lanes if lane is not None]
+        if not all(ended):
+            _log.error("the disk still does not answer: memory and files are left to the kernel")
+            return
         if self._disk is not None:
             self._disk.close()
         self._mover.close()
@@ -221,12 +228,13 @@ class WorkerService:
     ) -> None:
         """Have `run` bring `count` blocks into their slots, and tell how it went."""
 
-        def job() -> None:
+        def job() -> Tell:
             began = time.monotonic()
             (failed,) = np.nonzero(~run())
             seconds = time.monotonic() - began
             reason = "a block was not what its name says" if len(failed) else ""
-            tell(Moved(op=op, failed=_packed(failed), reason=reason, seconds=seconds))
+            moved = Moved(op=op, failed=_packed(failed), reason=reason, seconds=seconds)
+            return partial(tell, moved)
 
         def not_done(error: TransferError) -> None:
             self._note(error)
@@ -272,13 +280,17 @@ class WorkerService:
     ) -> None:
         blocks = _columns(part.hashes, part.fills, part.slots, part.blocks)
 
-        def run() -> None:
+        def run() -> Tell:
             fence()
             began = time.monotonic()
             arrived = read(blocks)
             seconds = time.monotonic() - began
-            load.seconds[source] = load.seconds.get(source, 0.0) + seconds
-            self._part_done(load, blocks.device[~arrived], "a slot held something else")
+
+            def tell() -> None:
+                load.seconds[source] = load.seconds.get(source, 0.0) + seconds
+                self._part_done(load, blocks.device[~arrived], "a slot held something else")
+
+            return tell
 
         def failed(error: TransferError) -> None:
             self._note(error)
@@ -321,14 +333,12 @@ class WorkerService:
             raise TransferError(NO_DISK)
         return use(self._disk)
 
-    def _forget_for_good(self) -> None:
-        try:
-            self._forget()
-        except OSError as error:
-            _log.error(
-                "a later engine may find blocks of before this reset: %s cannot be written (%s); "
-                "remove it before the next start", error.filename, error.strerror,
-            )  # fmt: skip
+    def _abandon_disk(self, error: DiskLost) -> None:
+        """On the watch's thread: all that waits for the disk hears that it is lost."""
+        for lane in (self._disk_reads, self._disk_writes):
+            assert lane is not None
+            lane.abandon(error)
+        self._note(error)
 
     def _note(self, error: TransferError) -> None:
         """A disk that has failed for good is given up, which is said once."""

@@ -34,6 +34,9 @@ class Disk(Protocol):
     Two threads may call at the same time: one of ours calls `save` and `spill`, another one
     calls `load` and `fetch`. `close` comes when both are done. A False in a mask means that
     this block is not in place (and, for reads, that it is not to be asked for again).
+
+    A system call to a disk may hang for ever. A third thread may see that from `under_way`, and
+    `give_up`; the two that hang are on their own from then on.
     """
 
     @property
@@ -63,6 +66,17 @@ class Disk(Protocol):
 
     def fetch(self, hop: Hop) -> Mask:
         """Disk slots → own host slots, each block's checksum compared; headers set after."""
+        ...
+
+    def under_way(self) -> frozenset[int]:
+        """One number for each call that is under way. It changes whenever the call gets on."""
+        ...
+
+    def give_up(self, reason: str) -> None:
+        """Every call raises `DiskLost` from now on, those under way if they ever come back.
+
+        When this returns, none of them reads or writes the device or the host slab any more.
+        """
         ...
 
     def close(self) -> None:

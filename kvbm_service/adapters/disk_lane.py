@@ -22,6 +22,7 @@ import errno
 import itertools
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -69,6 +70,8 @@ FATAL = frozenset(
 
 _given_up: list[object] = []
 """Agents and memory that something may still use: kept until the process ends."""
+
+_steps = itertools.count(1)
 
 
 class Batch:
@@ -137,6 +140,10 @@ class Lane:
         self._logged = -LOG_SECONDS
         self.failures = 0
         """Blocks that could not be read or written."""
+        self.step = 0
+        """Another number after each step of a transfer; 0 while there is none."""
+        self.touching = threading.Lock()
+        """Held by whoever reads or writes the engine's memory for a transfer."""
         self._bounce = self._new_bounce()
         self._agent: DiskAgent | None = self._connect()
         """None when the disk has been given up."""
@@ -169,9 +176,11 @@ class Lane:
                     prepare(coming)
                     ready.append(coming)
                     coming = next(batches, None)
+                    self.begin_step()
                 elif ended:
                     settle(ended[0], self._outcome(ended[0]))
                     ended.popleft()
+                    self.begin_step()
                 else:
                     self._pause(under_way[0])
         finally:
@@ -179,6 +188,10 @@ class Lane:
                 self._give_up(under_way)
             elif under_way:  # on the way out with an error: our memory must be left alone
                 self._quiet(under_way)
+
+    def begin_step(self) -> None:
+        """Whatever comes next is not what was before, for whoever looks whether we get on."""
+        self.step = next(_steps)
 
     def close(self) -> None:
         """Let go of NIXL and of the memory, unless the disk may still be at it."""
@@ -212,6 +225,7 @@ class Lane:
             if under_way[0].loose:
                 self._quiet(under_way)
             ended.append(under_way.popleft())
+            self.begin_step()
         while ready and len(under_way) < self._at_a_time:
             self._start(ready[0])
             under_way.append(ready.popleft())

@@ -10,6 +10,10 @@ kill at any moment nor a power failure nor a disk that lies can bring up a wrong
 
 Padding is part of what is summed. It is zero: nothing is ever read into the memory that
 blocks are written from.
+
+A call may hang in the kernel, with a lock held that the other one needs, and come back when the
+engine has long been told that it failed. So whatever touches the engine's memory does it under
+its lane's lock, in which no system call of the disk is made, and asks whether it still may.
 """
 
 from __future__ import annotations
@@ -73,6 +77,8 @@ class DiskTier:
         slab = host.slab
         self._slab = Memory(slab.base, slab.slot_bytes, slab.slots)
         self._lost = ""
+        self._given_up = ""
+        """Why nobody may touch the engine's memory any more."""
         self._logged = -LOG_SECONDS
         self.mismatches = 0
         """Blocks read whose bytes were not those written."""
@@ -142,12 +148,21 @@ class DiskTier:
     def forget(self) -> None:
         self._index.forget()
 
+    def under_way(self) -> frozenset[int]:
+        return frozenset({self._writer.step, self._reader.step}) - {0}
+
+    def give_up(self, reason: str) -> None:
+        with self._writer.touching, self._reader.touching:
+            self._lost = self._lost or reason
+            self._given_up = reason
+
     def save(self, blocks: Blocks) -> Mask:
         self._check(blocks.slots, len(blocks.hashes), len(blocks.fills), len(blocks.device))
         self._host.check_device(blocks.device)
 
         def take(batch: Batch, seeds: Column) -> tuple[Column, Mask]:
-            self._host.copy_out(blocks.device[batch.some], batch.addresses)
+            with self._may_touch(self._writer):
+                self._host.copy_out(blocks.device[batch.some], batch.addresses)
             sums = checksums(batch.addresses, self._padded, seeds)
             return sums, np.ones(len(sums), np.bool_)
 
@@ -180,7 +195,8 @@ class DiskTier:
 
         def bring(which: Which, found: Column, seeds: Column, expected: Column) -> Mask:
             right = np.asarray(checksums(found, self._padded, seeds) == expected, np.bool_)
-            right[right] = self._host.copy_in(found[right], blocks.device[which][right])
+            with self._may_touch(self._reader):
+                right[right] = self._host.copy_in(found[right], blocks.device[which][right])
             return right
 
         return self._read(blocks.hashes, blocks.fills, blocks.slots, bring)
@@ -188,15 +204,18 @@ class DiskTier:
     def fetch(self, hop: Hop) -> Mask:
         self._check(hop.source, len(hop.hashes), len(hop.fills), len(hop.target))
         self._host.check_slots(hop.target)
-        self._host.slab.clear(hop.target)
+        with self._may_touch(self._reader):
+            self._host.slab.clear(hop.target)
         target = self._slab.addresses(hop.target)
 
         def bring(which: Which, found: Column, seeds: Column, expected: Column) -> Mask:
             block = self._slab.stride
-            return copy_proven(target[which], found, block, self._padded, seeds, expected)
+            with self._may_touch(self._reader):
+                return copy_proven(target[which], found, block, self._padded, seeds, expected)
 
         arrived = self._read(hop.hashes, hop.fills, hop.source, bring)
-        self._host.stamp(hop.target[arrived], hop.hashes[arrived], hop.fill)
+        with self._may_touch(self._reader):
+            self._host.stamp(hop.target[arrived], hop.hashes[arrived], hop.fill)
         return arrived
 
     def close(self) -> None:
@@ -230,7 +249,7 @@ class DiskTier:
             which += some.start
             self._index.enter(slots[which], hashes[which], fills[which], sums[which])
 
-        with self._or_lost():
+        with self._or_lost(self._writer):
             self._writer.transfer(slots, prepare, settle, slab_rows)
         return in_place
 
@@ -241,7 +260,8 @@ class DiskTier:
         slots: Indices,
         bring: Callable[[Which, Column, Column, Column], Mask],
     ) -> Mask:
-        entries = self._index.look(slots)
+        with self._or_lost(self._reader):
+            entries = self._index.look(slots)
         arrived = names(entries, hashes, fills)
         (asked,) = np.nonzero(arrived)
         named, expected = seeds(hashes), np.ascontiguousarray(entries["checksum"])
@@ -258,15 +278,24 @@ class DiskTier:
                 bad = which[~arrived[which]]
                 self._index.drop(slots[bad], entries[bad])
 
-        with self._or_lost():
+        with self._or_lost(self._reader):
             self._reader.transfer(slots[asked], _nothing, settle)
         return arrived
 
     @contextmanager
-    def _or_lost(self) -> Iterator[None]:
-        """From the first `DiskLost` on, raise nothing else."""
+    def _may_touch(self, lane: Lane) -> Iterator[None]:
+        """For those moments in which a transfer reads or writes the engine's memory."""
+        with lane.touching:
+            if self._given_up:
+                raise DiskLost(self._given_up)
+            yield
+
+    @contextmanager
+    def _or_lost(self, lane: Lane) -> Iterator[None]:
+        """A call is under way. From the first `DiskLost` on, raise nothing else."""
         if self._lost:
             raise DiskLost(self._lost)
+        lane.begin_step()
         try:
             yield
         except OSError as error:
@@ -275,6 +304,8 @@ class DiskTier:
         except DiskLost as error:
             self._lost = str(error)
             raise
+        finally:
+            lane.step = 0
 
     def _check(self, slots: Indices, *lengths: int) -> None:
         if any(length != len(slots) for length in lengths):

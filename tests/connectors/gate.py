@@ -134,6 +134,12 @@ class DiskGate:
     def forget(self) -> None:
         self.disk.forget()
 
+    def under_way(self) -> frozenset[int]:
+        return self.disk.under_way()
+
+    def give_up(self, reason: str) -> None:
+        self.disk.give_up(reason)
+
     def save(self, blocks: Blocks) -> Mask:
         return self._through(self.writes, lambda: self.disk.save(blocks))
 
