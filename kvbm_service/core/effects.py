@@ -53,6 +53,8 @@ class Answer(NamedTuple):
 
     lease: str
     answer: LeaseAnswer
+    blocks: int = 0
+    """How many were asked for."""
 
 
 class TellRanks(NamedTuple):

@@ -17,7 +17,7 @@ from kvbm_schemas.records import RankRecord, TierStatus
 from kvbm_schemas.requests import LeaseAnswer, Leased, Located, Refused
 from kvbm_service.core.accounts import Account, Path, Refusal
 from kvbm_service.core.columns import unpack_u32, unpack_u64
-from kvbm_service.core.effects import Effect, GiveBack, Publish
+from kvbm_service.core.effects import Answer, Effect, GiveBack, Publish
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.lending import Lending, LendingLimits
 from kvbm_service.core.limits import Limits
@@ -307,7 +307,7 @@ class Leader:
 
     def tick(self, now: float) -> None:
         """Time has passed: end what is overdue."""
-        self.outbox.effects.extend(self.lending.tick(self.journal.epoch, now))
+        self._answer_late(self.lending.tick(self.journal.epoch, now))
         self.lookups.tick(now)
 
     def take_effects(self) -> list[Effect]:
@@ -349,9 +349,16 @@ class Leader:
             settled.reason, settled.seconds,
         )  # fmt: skip
         if move.path is Path.DISK_TO_HOST:
-            self.outbox.effects.extend(self.lending.fetched(op, self.journal.epoch, now))
+            self._answer_late(self.lending.fetched(op, self.journal.epoch, now))
         elif move.tier is Tier.HOST:
             self.outbox.tell(*self.spills.offer(stored, now))
+
+    def _answer_late(self, answers: Sequence[Answer]) -> None:
+        """Who had to wait for the disk need not wait any more."""
+        self.outbox.effects.extend(answers)
+        for _, answer, blocks in answers:
+            if isinstance(answer, Refused):
+                self.outbox.tell(Refusal(answer.reason, blocks))
 
     def _blame_move(self, move: Move, failed: set[int], now: float) -> None:
         """Blocks that could not be read from the disk are not there; nor is a node that failed."""

@@ -93,9 +93,10 @@ class Lending:
         return self._answer(late, epoch, now)
 
     def _answer(self, tokens: Sequence[str], epoch: int, now: float) -> list[Answer]:
+        chains = [(token, self._staged.pop(token).chain) for token in tokens]
         return [
-            Answer(token, self._grant(self._staged.pop(token).chain, token, epoch, now))
-            for token in tokens
+            Answer(token, self._grant(chain, token, epoch, now), len(chain))
+            for token, chain in chains
         ]
 
     def _grant(
@@ -145,9 +146,7 @@ class Lending:
             awaited.add(op)
         return awaited
 
-    def _fetch(
-        self, disk: Pool, chain: Sequence[BlockHash], effects: list[Effect]
-    ) -> int | None:
+    def _fetch(self, disk: Pool, chain: Sequence[BlockHash], effects: list[Effect]) -> int | None:
         """Have the ranks fetch what is not in the host tier; None if that has no slot to give."""
         op = self._orders.next_op()
         taken = self._tiers.reserve(Tier.HOST, chain, op)

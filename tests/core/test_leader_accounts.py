@@ -222,6 +222,19 @@ def test_a_lease_that_is_refused_is_told_of(disk: int) -> None:
     assert rig.accounts(Refusal) == [Refusal("not here", 2)]
 
 
+@pytest.mark.parametrize("too_slow", [True, False])
+def test_a_lease_that_is_refused_late_is_told_of_once(too_slow: bool) -> None:
+    rig = Rig(disk=8)
+    rig.on_disk("ab")
+    accounts(rig)
+    rig.leader.acquire(pack(chain("abc")), "a-token-of-sixteen", 0.0)
+    fetch = rig.effect(TellRanks).fetch
+    if too_slow:
+        rig.leader.tick(now=100.0)
+    rig.all_moved(fetch.op, failed=(0, 1))
+    assert rig.accounts(Refusal) == [Refusal("not here", 3)]
+
+
 def test_a_request_of_low_priority_is_told_of_once_and_saved_up_to_there() -> None:
     rig = Rig(min_priority=5)
     stored = rig.leader.store(chain("abc"), [1, 2, 3], request="r", priorities=[5, 4, 9])
