@@ -1,0 +1,94 @@
+"""The command line: `python -m tests.chaos --seconds 120 --seed 1`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from kvbm_service.demo.model import make_model
+from tests.chaos.arena import Arena
+from tests.chaos.fault import FAULTS
+from tests.chaos.load import Load
+from tests.chaos.report import last_line, passed, show
+from tests.chaos.schedule import schedule
+from tests.chaos.trial import Result, cards, suffer
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = """\
+examples:
+  python -m tests.chaos                        two minutes
+  python -m tests.chaos --seconds 600 --seed 7
+  python -m tests.chaos --only "NATS killed"   a round each, of this kind of fault alone
+  python -m tests.chaos --seed 7 --dry 20      the first 20 rounds of that schedule, unplayed
+
+kinds of faults:
+""" + "\n".join(f"  {fault.name}" for fault in FAULTS)
+
+
+def arguments() -> argparse.Namespace:
+    """What the user wants."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        description="Faults at random, in real vLLM engines under load. Ends with 1 if any answer "
+        "is wrong or late, anything leaks, or the cluster does not heal in time. "
+        "The same seed gives the same schedule.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seconds", type=float, default=120, help="begin no round after that")
+    parser.add_argument("--seed", type=int, default=1, help="of the schedule and of the load")
+    parser.add_argument("--only", action="append", metavar="KIND", help="no other kind of fault")
+    parser.add_argument(
+        "--logs", type=Path, default=ROOT / "build" / "chaos" / "logs", help="replaced at start"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run until the time is over."""
+    chosen = arguments()
+    console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    shutil.rmtree(chosen.logs, ignore_errors=True)
+    model = make_model(ROOT / "build" / "models" / "tiny")
+    result = Result()
+    try:
+        with Arena(model, chosen.logs, console.print) as arena:
+            kinds = [c for c in cards(arena) if not chosen.only or c.kind in chosen.only]
+            for card in kinds:
+                if not card.victims:
+                    console.print(f"left out, for nobody here can be struck: {card.kind}")
+            with Load(list(arena.members.values()), arena.talks, chosen.seed) as load:
+                began = time.monotonic()
+                for number, faults in enumerate(schedule(chosen.seed, kinds), 1):
+                    if time.monotonic() - began > chosen.seconds:
+                        break
+                    console.print(
+                        f"\n{time.monotonic() - began:.0f} s, round {number} of seed {chosen.seed}"
+                    )
+                    for plan in faults:
+                        console.print(f"  {plan}", highlight=False)
+                    outcome = suffer(arena, load, faults)
+                    result.add(outcome)
+                    console.print(
+                        f"  {outcome.requests} requests, "
+                        f"all agree again after {outcome.heal_seconds_max:.1f} s",
+                        highlight=False,
+                    )
+                    for problem in outcome.problems:
+                        console.print(f"  [red]{problem}", highlight=False)
+    except KeyboardInterrupt:
+        console.print("\nended early")
+    show(result, console)
+    print(last_line(result))
+    return 0 if passed(result) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

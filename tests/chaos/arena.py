@@ -1,0 +1,195 @@
+"""Where chaos happens: NATS, registries and nodes, all real, and a witness of what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from kvbm_schemas.block import unpack
+from kvbm_schemas.events import Stored
+from kvbm_schemas.subjects import Scope
+from kvbm_service.adapters.nats_server import EmbeddedNats
+from kvbm_service.demo.engine import Engine, EngineOptions, share_cores
+from kvbm_service.demo.model import SHAPES
+from tests.chaos.judges import LOOKUP_SECONDS, STAGING_SECONDS, TRANSFER_SECONDS, untruth
+from tests.chaos.member import Member
+from tests.chaos.passage import Passages
+from tests.chaos.questions import Conversation, conversations
+from tests.chaos.registry import RegistryProcess
+from tests.chaos.wall_clock import WallClock
+from tests.integration.conftest import Reference
+from tests.integration.node import node_options
+from tests.integration.witness import Witness
+
+MEMBERSHIP_SECONDS = 3.0
+LEASE_SECONDS = 5.0
+START_SECONDS = 300.0
+REGISTRIES = 2
+HOST_BLOCKS = 48
+DISK_BLOCKS = 160
+BLOCK_BYTES = SHAPES["tiny"].kv_bytes_per_token * 32
+SETTINGS = {
+    "KVBM_VERIFY": False,  # as users run it: what is doubtful is found out without
+    "KVBM_LOOKUP_DEADLINE_MS": LOOKUP_SECONDS * 1e3,
+    "KVBM_STAGING_DEADLINE_MS": STAGING_SECONDS * 1e3,
+    "KVBM_TRANSFER_TIMEOUT_SECONDS": TRANSFER_SECONDS,
+    "KVBM_MEMBERSHIP_SECONDS": MEMBERSHIP_SECONDS,
+    "KVBM_LEASE_SECONDS": LEASE_SECONDS,
+    "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": HOST_BLOCKS,
+}
+
+
+class Kind(NamedTuple):
+    """What a node of the arena is like."""
+
+    name: str
+    ranks: int = 1
+    disk: bool = False
+
+
+NODES = (Kind("ann"), Kind("bob", disk=True), Kind("wim", ranks=2, disk=True))
+"""Ann and Bob share blocks. Wim has two ranks, and so other blocks, which he keeps to himself."""
+
+
+class Arena:
+    """Everything that can be struck. A context manager: at its end no process is left."""
+
+    def __init__(self, model: Path, folder: Path, say: Callable[[str], None]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.talks: Sequence[Conversation] = ()
+        self.members: dict[str, Member] = {}
+        self.registries: dict[str, RegistryProcess] = {}
+        self.scopes: dict[str, Scope] = {}
+        """Of each node."""
+        self._model = model
+        self._say = say
+        self._ending = ExitStack()
+        self._heard: set[bytes] = set()
+        self._heard_until = 0
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._prepare(stack)
+            self._ending = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ending.close()
+
+    def _prepare(self, stack: ExitStack) -> None:
+        self._say("starting NATS, registries, three engines and one to compare with …")
+        began = time.monotonic()
+        self.nats = EmbeddedNats(store_dir=self.folder / "nats")
+        stack.callback(self.nats.close)
+        self.nats.start()
+        self._memory = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="kvbm-chaos-", dir="/dev/shm"))
+        )
+        passages = stack.enter_context(Passages())
+        self._start_registries(stack)
+        self.witness = Witness(self.nats.url, MEMBERSHIP_SECONDS)
+        stack.callback(self.witness.close)
+        beginning = self.witness.listen()
+        cores = iter(share_cores(engines=sum(kind.ranks for kind in NODES)))
+        for kind in NODES:
+            own = "|".join(next(cores) for _ in range(kind.ranks))
+            self.members[kind.name] = member = self._make(kind, passages, own)
+            stack.callback(member.end)
+        self.talks = self._right_answers()
+        for name, member in self.members.items():
+            if not member.wait_up(START_SECONDS):
+                raise AssertionError(f"{name} does not start: {member.engine.what_went_wrong()}")
+            self.scopes[name] = beginning.scope(name)
+        self._say(f"all are there after {time.monotonic() - began:.0f} s")
+
+    def _start_registries(self, stack: ExitStack) -> None:
+        environment = {"KVBM_MEMBERSHIP_SECONDS": str(MEMBERSHIP_SECONDS)}
+        for number in range(1, REGISTRIES + 1):
+            name = f"registry-{number}"
+            clock = WallClock(self.folder / f"{name}.clock")
+            log = self.folder / f"{name}.log"
+            registry = RegistryProcess(name, self.nats.url, log, environment, clock)
+            stack.callback(registry.kill)
+            registry.start()
+            self.registries[name] = registry
+
+    def _make(self, kind: Kind, passages: Passages, cores: str) -> Member:
+        passage = passages.to(self.nats.port)
+        clock = WallClock(self.folder / f"{kind.name}.clock")
+        connector: dict[str, object] = dict(SETTINGS)
+        if kind.disk:
+            connector |= {
+                "KVBM_HOST_CACHE_DIR": str(self._memory),
+                "DYN_KVBM_DISK_CACHE_DIR": str(self.folder / f"{kind.name}-disk"),
+                "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": DISK_BLOCKS,
+            }
+            (self.folder / f"{kind.name}-disk").mkdir(exist_ok=True)
+
+        def options(life: int) -> EngineOptions:
+            made = node_options(
+                self._model,
+                self.folder / f"{kind.name}-{life}.log",
+                f"nats://127.0.0.1:{passage.port}",
+                kind.name,
+                ranks=kind.ranks,
+                cores=cores,
+                connector=connector,
+            )
+            return dataclasses.replace(
+                made, environment=dict(made.environment) | dict(clock.environment)
+            )
+
+        disk_bytes = DISK_BLOCKS * BLOCK_BYTES // kind.ranks if kind.disk else 0
+        return Member(kind.name, options, self.witness, (passage,), clock, kind.ranks, disk_bytes)
+
+    def _right_answers(self) -> list[Conversation]:
+        """Have an engine without any cache answer everything, and end it."""
+        log = self.folder / "reference.log"
+        with Engine(EngineOptions(model=self._model, log=log, device_blocks=64)) as engine:
+            return conversations(Reference(engine))
+
+    # -- what is struck, beside members and registries -------------------------------------------
+
+    @property
+    def clocks(self) -> dict[str, WallClock]:
+        """The wall clock of each member and registry."""
+        members = {name: member.clock for name, member in self.members.items()}
+        return members | {name: registry.clock for name, registry in self.registries.items()}
+
+    def stop_nats(self) -> Callable[[], None]:
+        """SIGSTOP; returns what lets it go on."""
+        process = self.nats.pid
+        assert process is not None
+        os.kill(process, signal.SIGSTOP)
+        return lambda: os.kill(process, signal.SIGCONT)
+
+    # -- what is seen ----------------------------------------------------------------------------
+
+    def wait_up(self) -> list[str]:
+        """Wait until all members take part; returns those that do not."""
+        deadline = time.monotonic() + START_SECONDS
+        return [
+            name
+            for name, member in self.members.items()
+            if not member.wait_up(max(0.0, deadline - time.monotonic()))
+        ]
+
+    def untruth(self) -> str:
+        """How some registry's view differs from what the nodes hold; "" if it does not."""
+        return untruth(self.witness, self.scopes, self._all_heard())
+
+    def _all_heard(self) -> set[bytes]:
+        """Every block that anyone has told of so far."""
+        for heard in self.witness.since(self._heard_until):
+            self._heard_until += 1
+            if isinstance(heard.message, Stored):
+                self._heard.update(unpack(heard.message.hashes))
+        return self._heard
