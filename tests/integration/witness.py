@@ -26,6 +26,7 @@ M = TypeVar("M", bound=Message)
 
 PATIENCE_SECONDS = 30.0
 ANSWER_SECONDS = 1.0
+SNAPSHOT_SECONDS = 3.0
 POLL_SECONDS = 0.05
 
 _messages: Decoder[AnyMessage] = Decoder(AnyMessage)
@@ -150,7 +151,7 @@ class Witness:
 
     async def _snapshot(self, subject: str) -> list[SnapshotChunk]:
         chunks: list[SnapshotChunk] = []
-        answers = self._bus.request_many(subject, encode(Resync()), ANSWER_SECONDS)
+        answers = self._bus.request_many(subject, encode(Resync()), SNAPSHOT_SECONDS)
         async with contextlib.aclosing(answers):
             async for payload in answers:
                 chunks.append(_chunks.decode(payload))
