@@ -103,7 +103,7 @@ class LeaderBus:
         finally:
             self._tasks = self._membership = None
             self._leader.on_core(_go_offline, None)
-            await self._network.bus.close()
+            await self._network.close()
 
     def wake(self) -> None:
         """Something about the ranks has changed."""

@@ -52,16 +52,14 @@ class WorkerBus:
             finally:
                 await membership.leave()
         finally:
-            await network.bus.close()
+            await network.close()
 
     async def _on_fetch(self, delivery: Delivery) -> None:
         try:
             fetch = _fetches.decode(delivery.payload)
         except Malformed as error:
             if not self.rejected:
-                _log.warning(
-                    "rejected a message on %s: %s (said once)", delivery.subject, error
-                )
+                _log.warning("rejected a message on %s: %s (said once)", delivery.subject, error)
             self.rejected += 1
             return
         if fetch.instance != self._record.instance or not delivery.reply:

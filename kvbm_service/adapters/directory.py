@@ -93,3 +93,7 @@ class Directory(Protocol):
             DirectoryError: the directory cannot be reached.
         """
         ...
+
+    async def close(self) -> None:
+        """Leave with every record that was joined here. Never raises."""
+        ...

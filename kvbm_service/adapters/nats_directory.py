@@ -340,7 +340,8 @@ class _Bucket:
 class NatsDirectory(LeasedRecords):
     """The `Directory` port on a key-value bucket, which is made if it is not there.
 
-    With `leaders_only`, keys of ranks are neither read nor reported.
+    With `leaders_only`, keys of ranks are neither read nor reported. With `own_bus`, nobody
+    else uses `bus`, and it is closed with the directory.
     """
 
     def __init__(
@@ -352,12 +353,19 @@ class NatsDirectory(LeasedRecords):
         replicas: int = 1,
         *,
         leaders_only: bool = False,
+        own_bus: bool = False,
     ) -> None:
         if not _BUCKET.fullmatch(bucket):
             raise SettingError("bucket", bucket, "letters, digits, `_` and `-`")
         if lease_seconds < MIN_LEASE_SECONDS:
             raise SettingError("lease_seconds", lease_seconds, f"at least {MIN_LEASE_SECONDS} s")
         super().__init__(_Bucket(bus, bucket, lease_seconds, storage, replicas, leaders_only))
+        self._own_bus = bus if own_bus else None
+
+    async def close(self) -> None:
+        await super().close()
+        if self._own_bus is not None:
+            await self._own_bus.close()
 
 
 def _everyone(prefix: str) -> str:
