@@ -23,6 +23,7 @@ the peer's whole process when it finds a read to serve whose reader is gone (see
 from __future__ import annotations
 
 import mmap
+import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -71,8 +72,18 @@ extension modules, they arrive as plain RuntimeError: those modules translate C+
 and whoever came last is asked first."""
 
 
+UCX_SETTINGS = {
+    # Otherwise UCX waits for each connection inside our call, and a host that has vanished
+    # without a word holds up every read for as long as the kernel goes on trying: 135 s.
+    "UCX_TCP_CONN_NB": "y",
+}
+"""What we want UCX to do, unless the operator has said something else."""
+
+
 def new_agent(name: str) -> Any:
     """A NIXL agent over UCX, without a thread of its own (it would burn a core)."""
+    for variable, value in UCX_SETTINGS.items():
+        os.environ.setdefault(variable, value)
     return nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
 
 
