@@ -105,6 +105,9 @@ class WorkerService:
         self._disk_lost = ""
         self._said_disk_lost = False
         self._fetched = Fetched()
+        self._unmet: dict[str, RankRecord] = {}
+        """Ranks of other nodes that nothing was read from yet, by agent. One that cannot be
+        reached takes seconds to meet, so loads go before; a load meets only whom it needs."""
         self._copies = Lane("kvbm-copies")
         self._reads = Lane("kvbm-reads", idle=mover.progress)
         self._disk_reads = Lane("kvbm-disk-reads") if disk is not None else None
@@ -123,10 +126,12 @@ class WorkerService:
         if commands.forget:
             self._forget()
         for agent in commands.gone:
+            self._unmet.pop(agent, None)
             self._reads.add(Job(partial(self._mover.forget, agent), _warn))
         for peer in commands.peers:
             if peer.rank == self.record.rank:
-                self._reads.add(Job(partial(self._meet, peer), _warn))
+                self._unmet[peer.agent] = peer
+                self._reads.add(Job(partial(self._meet, peer.agent), _warn, urgent=False))
         self._begin_between_tiers(commands)
         if not (commands.loads or commands.saves):
             return
@@ -215,7 +220,12 @@ class WorkerService:
     def _begin_remote_fetch(self, fetch: RemoteFetch) -> None:
         hop = _hop(fetch.hashes, fetch.fills, fetch.slots, fetch.host, fetch.op)
         agent = fetch.agents[self.record.rank]
-        run = partial(self._mover.fetch, agent, hop, fetch.seconds)
+        until = time.monotonic() + fetch.seconds
+
+        def run() -> Mask:
+            seconds = self._ready_to_read(agent, until)
+            return self._mover.fetch(agent, hop, seconds)
+
         self._move(self._reads, fetch.op, len(hop.source), run, self._tell_leader)
 
     def _move(
@@ -262,9 +272,29 @@ class WorkerService:
                 self._disk_reads, load, "disk", command.disk, self._load_from_disk, fence
             )
         for part in command.remote:
-            agent = part.agents[self.record.rank]
-            pull = partial(self._mover.pull, agent, timeout_seconds=part.seconds)
+            pull = self._pulling(part.agents[self.record.rank], part.seconds)
             self._add_read(self._reads, load, "remote", part, pull, fence)
+
+    def _pulling(self, agent: str, seconds: float) -> Callable[[Blocks], Mask]:
+        """A read that ends within so many seconds from now, however long it waits for its turn."""
+        until = time.monotonic() + seconds
+
+        def pull(blocks: Blocks) -> Mask:
+            return self._mover.pull(agent, blocks, self._ready_to_read(agent, until))
+
+        return pull
+
+    def _ready_to_read(self, agent: str, until: float) -> float:
+        """Meet `agent` if that is still to be done. Returns the seconds that are left then.
+
+        Raises:
+            TransferError: it cannot be reached, or none are left.
+        """
+        self._meet(agent)
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TransferError(f"no time was left to read from {agent}")
+        return left
 
     def _load_from_disk(self, blocks: Blocks) -> Mask:
         return self._with_disk(lambda disk: disk.load(blocks))
@@ -346,7 +376,10 @@ class WorkerService:
             _log.error("the disk tier is given up, serving goes on without it: %s", error)
             self._disk_lost = str(error)[:256] or "lost"
 
-    def _meet(self, peer: RankRecord) -> None:
+    def _meet(self, agent: str) -> None:
+        peer = self._unmet.pop(agent, None)
+        if peer is None:
+            return  # met before, or gone meanwhile
         slab = peer.slab
         self._mover.connect(
             RemoteSlab(
