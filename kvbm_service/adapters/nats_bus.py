@@ -48,6 +48,8 @@ MAX_PINGS_UNANSWERED = 2
 """A server that has not answered this many pings is taken for lost."""
 FLUSH_SECONDS = 5.0
 """A server that takes nothing from us for so long is taken for lost."""
+CLOSE_SECONDS = 1.0
+"""How long nats-py may take to let go of a connection. Its socket it closes first."""
 LOOK_SECONDS = 0.5
 """How often to look whether a connection that told us nothing is still there."""
 MAX_COMPLAINTS_LOGGED = 64
@@ -61,25 +63,37 @@ _FORBIDDEN = re.compile(r"permissions violation for publish to .?\"?([^\s\"]+)\"
 log = logging.getLogger(__name__)
 
 
-class _ServerWithoutTls(nats.errors.Error):
-    """A server, or somebody between it and us, would have us log in unencrypted."""
+class _UnfitGreeting(nats.errors.Error):
+    """What a server says of itself before anything of ours is sent rules it out."""
 
-    def __str__(self) -> str:
-        return "no TLS there"
+    def __init__(self, what: str, todo: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.todo = todo
 
 
 class _Client(Client):
     """nats-py's client, which by itself encrypts only if the server's greeting says so."""
 
-    def __init__(self, *, must_encrypt: bool) -> None:
+    def __init__(self, login: Login) -> None:
         super().__init__()
-        self._must_encrypt = must_encrypt
+        self._login = login
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        # The greeting comes before anything of ours is sent.
-        if initial_connection and self._must_encrypt and not info.get("tls_required"):
-            raise _ServerWithoutTls
+        if initial_connection:
+            self._check(info)
         await super()._process_info(info, initial_connection)  # type: ignore[no-untyped-call,unused-ignore]
+
+    def _check(self, greeting: dict[str, Any]) -> None:
+        # Whoever is between us and the server could have written it, too.
+        if self._login.must_encrypt and not greeting.get("tls_required"):
+            raise _UnfitGreeting(
+                "offers no TLS, and nothing is sent to it in the clear",
+                f"give it a certificate, or unset {CA_SETTING} and {CERTIFICATE_SETTING} and take "
+                f"tls:// out of {URL_SETTING}",
+            )
+        if greeting.get("tls_verify") and not self._login.tls.certificate:
+            raise _UnfitGreeting("wants a certificate of us", f"set {CERTIFICATE_SETTING}")
 
 
 class NatsSubscription:
@@ -115,20 +129,21 @@ class NatsSubscription:
 class _Connection:
     """One life of a connection: opened once, ended once."""
 
-    def __init__(self, troubled: Callable[[Exception], None], *, must_encrypt: bool) -> None:
-        self.client: Client = _Client(must_encrypt=must_encrypt)
+    def __init__(self, login: Login, troubled: Callable[[Exception], None]) -> None:
+        self.client: Client = _Client(login)
+        self._login = login
         self.ended = asyncio.Event()
         self._troubled = troubled
         self._opened = False
         self._first_error: Exception | None = None
 
-    async def open(self, login: Login, name: str, inbox: str) -> None:
+    async def open(self, name: str, inbox: str) -> None:
         """Connect.
 
         Raises:
             The first thing that went wrong: one of FAILURES, or ValueError.
         """
-        servers = [server.url for server in login.servers]
+        servers = [server.url for server in self._login.servers]
         try:
             # One try per server takes CONNECT_SECONDS at most; a second, which nats-py would
             # go on with, is ours to time.
@@ -146,7 +161,7 @@ class _Connection:
                     flush_timeout=FLUSH_SECONDS,
                     error_cb=self._error,
                     closed_cb=self._closed,
-                    **login.options(),
+                    **self._login.options(),
                 )
             if not self.client.is_connected:
                 raise nats.errors.UnexpectedEOF
@@ -173,7 +188,9 @@ class _Connection:
     async def close(self) -> None:
         """Let go of the socket. Never raises."""
         try:
-            await self.client.close()
+            # After a handshake for TLS that failed, nats-py waits for an end that is past.
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.client.close()
         except FAILURES as error:
             log.debug("closing a connection to NATS: %s", error)
         await asyncio.sleep(0)  # nats-py's tasks see their cancellation
@@ -321,7 +338,7 @@ class NatsBus:
         """Connect, wait for the end of the connection, and so on until cancelled."""
         pause = FIRST_RETRY_SECONDS
         while True:
-            connection = _Connection(self._complain, must_encrypt=self._login.must_encrypt)
+            connection = _Connection(self._login, self._complain)
             try:
                 await self._open(connection)
                 pause = FIRST_RETRY_SECONDS
@@ -340,7 +357,7 @@ class NatsBus:
     async def _open(self, connection: _Connection) -> None:
         self._refused = False
         try:
-            await connection.open(self._login, self._name, self._inbox)
+            await connection.open(self._name, self._inbox)
             await connection.client.subscribe(f"{self._questions.inbox}.*", cb=self._take_answer)
         except SettingError as error:
             raise BusUnavailable(str(error)) from error
@@ -435,14 +452,11 @@ class NatsBus:
                 f"no TLS with NATS at {self._login} ({words}): "
                 f"check {CERTIFICATE_SETTING} and {CA_SETTING}"
             )
-        if isinstance(error, _ServerWithoutTls):
-            return (
-                f"NATS at {self._login} offers no TLS, and nothing is sent to it in the clear: "
-                f"give it a certificate, or unset {CA_SETTING} and {CERTIFICATE_SETTING} and take "
-                f"tls:// out of {URL_SETTING}"
-            )
+        if isinstance(error, _UnfitGreeting):
+            return f"NATS at {self._login} {error.what}: {error.todo}"
+        certificate = f" and {CERTIFICATE_SETTING}" if self._login.tls.certificate else ""
         return (
-            f"no connection to NATS at {self._login} ({words}): check {URL_SETTING}, "
+            f"no connection to NATS at {self._login} ({words}): check {URL_SETTING}{certificate}, "
             "or start a server there"
         )
 
