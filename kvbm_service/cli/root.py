@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvbm_service.cli import bench, cluster, config, replay, serve, show, watch
+from kvbm_service.cli import bench, cluster, config, permissions, replay, serve, show, watch
 from kvbm_service.cli.options import Credentials, Namespace, NatsUrl
 
 _HELP = """A KV-block cache shared by LLM engines, over NATS.
@@ -37,6 +37,7 @@ _COMMANDS = (
     watch.tap,
     watch.decode,
     config.config,
+    permissions.permissions,
     show.demo,
     replay.replay,
 )

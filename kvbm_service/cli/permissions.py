@@ -1,0 +1,75 @@
+"""`kvbm permissions`: what a role may do on a NATS server, for its configuration."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from kvbm_service.adapters import nats_permissions
+from kvbm_service.adapters.nats_permissions import Permissions
+from kvbm_service.cli.options import Namespace
+from kvbm_service.errors import SettingError
+from kvbm_service.setting_kind import NODE_NAME, TOKEN, Kind
+
+DEFAULT_NAMESPACE = "default"
+ANY_NAMESPACE = "*"
+
+
+class Role(enum.StrEnum):
+    """Who takes part."""
+
+    NODE = "node"
+    REGISTRY = "registry"
+    OBSERVER = "observer"
+    OPERATOR = "operator"
+
+
+_OF_ANY_NAME: dict[Role, Callable[[str], Permissions]] = {
+    Role.REGISTRY: nats_permissions.registry,
+    Role.OBSERVER: nats_permissions.observer,
+    Role.OPERATOR: lambda namespace: nats_permissions.operator(),
+}
+
+
+def permissions(
+    role: Annotated[Role, typer.Argument(help="Whose permissions.")],
+    node: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--node",
+            metavar="NAME",
+            help="The node's KVBM_NODE_NAME. With data parallelism: NAME-dp0, NAME-dp1 and so on.",
+        ),
+    ] = None,
+    namespace: Namespace = None,
+) -> None:
+    """Print what a role may do on a NATS server, to be included into its configuration.
+
+    A node's are for the namespace `default` if none is given, all others' for every one.
+
+    \b
+    Examples:
+      kvbm permissions node --node node-3 > node-3.conf
+      kvbm permissions observer --namespace team-a > observer-team-a.conf
+    """
+    if namespace is not None:
+        _check("--namespace", namespace, TOKEN)
+    if role is Role.NODE:
+        for name in node or [""]:
+            _check("--node", name, NODE_NAME)
+        allowed = nats_permissions.node(namespace or DEFAULT_NAMESPACE, *node or ())
+    elif node:
+        raise SettingError("--node", node[0], f"one {role} may do as much as another")
+    else:
+        allowed = _OF_ANY_NAME[role](namespace or ANY_NAMESPACE)
+    typer.echo(nats_permissions.as_configuration(allowed), nl=False)
+
+
+def _check(option: str, value: str, kind: Kind) -> None:
+    try:
+        kind.parse(value or None)
+    except ValueError:
+        raise SettingError(option, value, kind.allowed) from None
