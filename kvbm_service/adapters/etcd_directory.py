@@ -13,11 +13,10 @@ import secrets
 from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple
 
-from aetcd import rpc
-
 from kvbm_service.adapters.directory import Entry
 from kvbm_service.adapters.etcd_errors import LeaseGone, Unreachable
 from kvbm_service.adapters.etcd_login import PREFIX, EtcdLogin
+from kvbm_service.adapters.etcd_rpc import rpc
 from kvbm_service.adapters.etcd_servers import EtcdServers
 from kvbm_service.adapters.etcd_session import EtcdSession
 from kvbm_service.adapters.leased_records import Conflict, LeasedRecords, Sighting, Stored

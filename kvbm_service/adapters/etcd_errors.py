@@ -10,8 +10,6 @@ DirectoryError
 
 from __future__ import annotations
 
-from aetcd import rpc
-
 from kvbm_service.adapters.etcd_login import (
     CA_SETTING,
     CERTIFICATE_SETTING,
@@ -20,6 +18,7 @@ from kvbm_service.adapters.etcd_login import (
     EtcdLogin,
     Member,
 )
+from kvbm_service.adapters.etcd_rpc import rpc
 from kvbm_service.errors import DirectoryError
 
 MAX_DETAILS = 300
@@ -91,14 +90,22 @@ _REFUSALS: tuple[tuple[str, type[EtcdRefused], str], ...] = (
 )
 
 
+_REASONS = (
+    ("CERTIFICATE_VERIFY_FAILED", f"its certificate is not trusted; {CA_SETTING} says by whom"),
+    ("no leader", "its cluster has no leader: most of its members have to run"),
+    ("Connection refused", f"nobody listens there; start it, or set {URL_SETTING}"),
+    ("lookup", f"no host has this name; see {URL_SETTING}"),
+    ("Expected SETTINGS frame", f"that is no etcd; see {URL_SETTING}"),
+    ("Handshake read failed", f"it speaks no TLS, or wants {CERTIFICATE_SETTING}"),
+)
+
+
 def _why(member: Member, code: object, details: str) -> str:
-    if "CERTIFICATE_VERIFY_FAILED" in details:
-        return f"its certificate cannot be trusted; {CA_SETTING} names who may vouch for it"
-    if member.tls and ("handshake" in details or "SSL" in details):
-        return f"TLS failed; it may want a certificate of ours ({CERTIFICATE_SETTING}): {details}"
-    if "no leader" in details:
-        return "its cluster has no leader: most of its members must be running"
+    for words, reason in _REASONS:
+        if words in details:
+            return reason
     if code is _Code.DEADLINE_EXCEEDED:
         return "not in time"
-    hint = "" if member.tls else f" (etcds:// in {URL_SETTING} if it speaks TLS)"
-    return details + hint
+    if member.tls and ("andshake" in details or "SSL" in details):
+        return f"TLS failed; it may want {CERTIFICATE_SETTING}: {details}"
+    return details if member.tls else f"{details} (etcds:// in {URL_SETTING} if it speaks TLS)"

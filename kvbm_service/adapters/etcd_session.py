@@ -1,8 +1,4 @@
-"""One connection to one server of an etcd cluster, in that server's own terms.
-
-Of aetcd we use the generated protocol, and not its client: that one speaks no TLS, logs in
-once and for ever, and drops what a server says when it ends a watch (docs/adr/0009-etcd.md).
-"""
+"""One connection to one server of an etcd cluster, in that server's own terms."""
 
 from __future__ import annotations
 
@@ -11,12 +7,9 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-import grpc
-from aetcd import rpc
-from grpc import aio
-
 from kvbm_service.adapters.etcd_errors import Unreachable, explain
 from kvbm_service.adapters.etcd_login import EtcdLogin, Member
+from kvbm_service.adapters.etcd_rpc import aio, grpc, rpc
 from kvbm_service.errors import DirectoryError, SettingError
 
 MAX_MESSAGE_BYTES = 64 << 20
