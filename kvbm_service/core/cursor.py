@@ -2,16 +2,18 @@
 
 A leader's life is an epoch. It begins with no blocks at seq 0, and each event takes it from
 one state to the next; a snapshot is the state right after event seq. So a position
-(epoch, seq) stands for exactly one state of the node, and positions have an order. The
-cursor is the position of what has been applied; it never goes back.
+(epoch, seq) stands for exactly one state of the node, and those of a life have an order. The
+cursor is the position of what has been applied; within a life it never goes back.
+
+Which life counts, the directory alone says, and its last word does: what comes from any other
+life is dropped. A leader that has lost its name to another is heard by nobody, whatever its
+epoch, and one whose clock went back between two lives is followed all the same.
 
 It is LIVE when nothing is known to be missing, and SYNCING while a snapshot is asked for.
 Read the table from the top; the first line that fits is taken. `at` is the input's position.
 
     input    where                     state    what is done                        then
-    event    older epoch than cursor   any      drop (stale)                        same
-    event    newer epoch               any      FORGET, cursor to (epoch, 0),       LIVE
-                                                and on with this table
+    event    another epoch             any      drop (stale)                        same
     beat     at > cursor               LIVE     ASK                                 SYNCING
     beat     otherwise                 any      nothing                             same
     event    at <= cursor              any      drop (seen)                         same
@@ -21,14 +23,15 @@ Read the table from the top; the first line that fits is taken. `at` is the inpu
     event    beyond                    LIVE     buffer, ASK                         SYNCING
     event    beyond                    SYNCING  buffer; too many: forget the        SYNCING
                                                 others, ASK
-    chunk    at < cursor               any      drop (late, or stale)               same
+    chunk    another epoch             any      drop (stale)                        same
+    chunk    at < cursor               any      drop (late)                         same
     chunk    at = cursor               LIVE     drop (late)                         same
     chunk    at < one being assembled  any      drop (late)                         same
     chunk    makes it too large        any      forget the snapshot                 same
     chunk    others still missing      any      keep; patience starts anew          same
     chunk    last one missing          any      REPLACE, cursor to `at`, APPLY      LIVE if none is
                                                 buffered ones that follow           left, else ASK
-    started  newer epoch               any      FORGET, cursor to (epoch, 0), ASK   SYNCING
+    started  another epoch             any      FORGET, cursor to (epoch, 0), ASK   SYNCING
     started  otherwise                 any      nothing                             same
     tick     patience is over          SYNCING  ASK                                 SYNCING
 
@@ -135,18 +138,16 @@ class Cursor:
 
     def started(self, epoch: int, now: float) -> Steps:
         """The directory says that the node lives in `epoch`."""
-        if epoch <= self.at.epoch:
+        if epoch == self.at.epoch:
             return ()
         return (self._begin(epoch), self._ask(now))
 
     def event(self, event: BlockEvent, now: float) -> Steps:
         """The node has published `event`."""
         epoch, seq = self.at
-        if event.epoch < epoch:
+        if event.epoch != epoch:
             self._counts.stale += 1
             return ()
-        if event.epoch > epoch:
-            return (self._begin(event.epoch), *self.event(event, now))
         if isinstance(event, Beat):
             return (self._ask(now),) if event.seq > seq and self.state is State.LIVE else ()
         if event.seq <= seq:
@@ -163,7 +164,7 @@ class Cursor:
     def chunk(self, chunk: SnapshotChunk, now: float) -> Steps:
         """The node has answered with this part of a snapshot."""
         at = Position(chunk.epoch, chunk.seq)
-        if at.epoch < self.at.epoch:
+        if at.epoch != self.at.epoch:
             self._counts.stale += 1
             return ()
         assembly = self._assembly
@@ -196,8 +197,7 @@ class Cursor:
         self.state = State.LIVE
         self._patience_seconds = RESYNC_SECONDS
         self._empty_buffer()
-        if self._assembly is not None and self._assembly.at.epoch < epoch:
-            self._assembly = None
+        self._assembly = None
         return Forget()
 
     def _ask(self, now: float) -> Ask:
@@ -227,10 +227,9 @@ class Cursor:
         return (self._ask(now),) if full or self.state is State.LIVE else ()
 
     def _replace(self, at: Position, chunks: tuple[SnapshotChunk, ...]) -> Replace:
-        if at.epoch > self.at.epoch:
-            self._empty_buffer()
         self.at = at
         self._assembly = None
+        self._patience_seconds = RESYNC_SECONDS  # it does answer
         self._counts.snapshots += 1
         for seq in [seq for seq in self._buffer if seq <= at.seq]:
             self._take(seq)

@@ -3,7 +3,7 @@
 Inputs are what the directory, the nodes and the clock say; effects are snapshots to ask
 for; questions are answered from memory. Only members count: whatever comes from a node that
 the directory does not list changes nothing. What is known of a member is always a state
-that it really was in, at its cursor's position (cursor.py).
+that it really was in, at its cursor's position (cursor.py), in the life that the directory lists.
 """
 
 from __future__ import annotations

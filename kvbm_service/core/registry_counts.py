@@ -14,7 +14,7 @@ class RegistryCounts:
     seen: int = 0
     """Events dropped because they, or a later state, had been applied already."""
     stale: int = 0
-    """Events and snapshots of an earlier life of their node, dropped."""
+    """Events and snapshots of another life of their node than the directory lists, dropped."""
     buffered: int = 0
     """Events kept until a snapshot fills the gap before them."""
     overflows: int = 0

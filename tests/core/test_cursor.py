@@ -198,49 +198,33 @@ def test_a_snapshot_larger_than_a_node_may_be_is_dropped(
     assert fresh.at == (EPOCH, 0)
 
 
-def test_a_new_epoch_seen_from_its_first_event_replaces_the_old_blocks(live: Cursor) -> None:
-    event = stored(1, epoch=EPOCH + 1)
-    assert live.event(event, now=1.0) == (Forget(), Apply(event))
-    assert (live.at, live.state) == ((EPOCH + 1, 1), State.LIVE)
-
-
-def test_a_new_epoch_seen_from_its_middle_drops_the_old_blocks_and_asks(live: Cursor) -> None:
-    live.event(stored(9), now=1.0)  # of the old life: must not be applied in the new one
-    event = stored(8, epoch=EPOCH + 1)
-    assert live.event(event, now=1.0) == (Forget(), Ask())
-    assert (live.at, live.state) == ((EPOCH + 1, 0), State.SYNCING)
-    part = chunk(8, epoch=EPOCH + 1)
-    assert live.chunk(part, now=1.0) == (Replace((part,)),)
-    assert (live.at, live.state) == ((EPOCH + 1, 8), State.LIVE)
-
-
-def test_a_beat_of_a_new_epoch_tells_of_it(live: Cursor) -> None:
-    assert live.event(beat(0, epoch=EPOCH + 1), now=1.0) == (Forget(),)
-    assert live.event(beat(2, epoch=EPOCH + 2), now=1.0) == (Forget(), Ask())
-    assert live.at == (EPOCH + 2, 0)
-
-
-def test_a_snapshot_of_a_new_epoch_takes_the_old_ones_place(live: Cursor) -> None:
-    live.event(stored(9), now=1.0)
-    part = chunk(8, epoch=EPOCH + 1)
-    assert live.chunk(part, now=1.0) == (Replace((part,)),)
-    assert (live.at, live.state) == ((EPOCH + 1, 8), State.LIVE)
-
-
-def test_late_events_and_snapshots_of_an_old_epoch_are_dropped(
-    live: Cursor, counts: RegistryCounts
+@pytest.mark.parametrize("epoch", [EPOCH + 1, EPOCH - 1], ids=["newer", "older"])
+def test_a_life_that_the_directory_lists_takes_the_place_of_the_one_before(
+    live: Cursor, epoch: int
 ) -> None:
-    live.event(stored(1, epoch=EPOCH + 1), now=1.0)
-    assert live.event(stored(4), now=1.0) == ()
-    assert live.event(beat(9), now=1.0) == ()
-    assert live.chunk(chunk(9), now=1.0) == ()
-    assert live.at == (EPOCH + 1, 1)
+    """An older epoch, too: a clock may go back between two lives."""
+    live.event(stored(9), now=1.0)  # of the old life: must not be applied in the new one
+    live.chunk(chunk(8, index=0, total=2), now=1.0)
+    assert live.started(epoch, now=1.0) == (Forget(), Ask())
+    assert (live.at, live.state) == ((epoch, 0), State.SYNCING)
+    part = chunk(8, epoch=epoch)
+    assert live.chunk(part, now=1.0) == (Replace((part,)),)
+    assert (live.at, live.state) == ((epoch, 8), State.LIVE)
+
+
+@pytest.mark.parametrize("epoch", [EPOCH + 1, EPOCH - 1], ids=["newer", "older"])
+def test_what_comes_from_a_life_that_the_directory_does_not_list_is_dropped(
+    live: Cursor, counts: RegistryCounts, epoch: int
+) -> None:
+    assert live.event(stored(4, epoch=epoch), now=1.0) == ()
+    assert live.event(beat(9, epoch=epoch), now=1.0) == ()
+    assert live.chunk(chunk(9, epoch=epoch), now=1.0) == ()
+    assert (live.at, live.state) == ((EPOCH, 3), State.LIVE)
     assert counts.stale == 3
 
 
-def test_a_directory_that_lags_behind_does_not_turn_the_cursor_back(live: Cursor) -> None:
+def test_a_life_is_begun_once(live: Cursor) -> None:
     assert live.started(EPOCH, now=1.0) == ()
-    assert live.started(EPOCH - 1, now=1.0) == ()
     assert (live.at, live.state) == ((EPOCH, 3), State.LIVE)
 
 
@@ -282,6 +266,14 @@ def test_patience_starts_anew_with_each_chunk(fresh: Cursor) -> None:
     fresh.chunk(chunk(9, index=0, total=3), now=late)
     assert fresh.tick(now=late + 0.9 * RESYNC_SECONDS) == ()
     assert fresh.tick(now=late + 10 * RESYNC_SECONDS) == (Ask(),)
+
+
+def test_a_node_that_answered_is_soon_asked_again(live: Cursor) -> None:
+    live.event(stored(5), now=1.0)
+    assert live.tick(now=10.0) == live.tick(now=20.0) == live.tick(now=30.0) == (Ask(),)
+    live.event(stored(9), now=30.0)
+    assert live.chunk(chunk(5), now=31.0) == (Replace((chunk(5),)), Ask())
+    assert live.tick(now=31.0 + RESYNC_SECONDS) == (Ask(),)
 
 
 def test_half_a_snapshot_is_forgotten_when_asking_again(fresh: Cursor) -> None:

@@ -127,6 +127,22 @@ def test_a_node_that_restarts_loses_its_blocks_and_is_asked(registry: Registry) 
     assert length(registry) == 0, "an event of the old life"
 
 
+def test_a_node_whose_clock_went_back_is_followed_in_its_new_life(registry: Registry) -> None:
+    registry.joined(SCOPE, "a", 9, now=0.0)
+    assert registry.joined(SCOPE, "a", 3, now=1.0) == (AskSnapshot(SCOPE, "a"),)
+    registry.event(SCOPE, "a", stored(1, CHAIN, epoch=9), now=1.0)
+    assert length(registry) == 0, "an event of the old life"
+    registry.event(SCOPE, "a", stored(1, CHAIN, epoch=3), now=1.0)
+    assert length(registry) == 8
+
+
+def test_a_leader_without_the_name_is_not_heard_whatever_its_epoch(registry: Registry) -> None:
+    registry.event(SCOPE, "a", stored(1, CHAIN, epoch=99), now=0.0)
+    assert length(registry) == 0
+    registry.event(SCOPE, "a", stored(1, CHAIN), now=0.0)
+    assert length(registry) == 8
+
+
 def test_a_gap_is_healed_by_a_snapshot(registry: Registry) -> None:
     registry.event(SCOPE, "a", stored(1, CHAIN[:1]), now=0.0)
     effects = registry.event(SCOPE, "a", stored(3, CHAIN[2:3]), now=0.0)

@@ -161,7 +161,10 @@ class _Leader:
 
 
 class RegistryAgainstTruth(RuleBasedStateMachine):
-    """One node on a network that loses, repeats and reorders, restarts, leaves and comes back."""
+    """One node on a network that loses, repeats and reorders, restarts, leaves and comes back.
+
+    Between two of its lives its clock may go back.
+    """
 
     @initialize()
     def begin(self) -> None:
@@ -172,15 +175,7 @@ class RegistryAgainstTruth(RuleBasedStateMachine):
         self.asked = False
         self.under_way: list[BlockEvent | SnapshotChunk] = []
         self.furthest = (0, 0)
-        self._restart()
-
-    @property
-    def leader(self) -> _Leader:
-        return self.lives[max(self.lives)]
-
-    def _restart(self) -> None:
-        epoch = max(self.lives, default=0) + 1
-        self.lives[epoch] = _Leader(epoch)
+        self.restart(clock_went_back=False)
 
     def _note(self, effects: tuple[AskSnapshot, ...]) -> None:
         assert set(effects) <= {AskSnapshot(SCOPE, "a")}
@@ -194,7 +189,7 @@ class RegistryAgainstTruth(RuleBasedStateMachine):
 
     @rule()
     def join(self) -> None:
-        if not self.member:
+        if not self.member or self.furthest[0] != self.leader.epoch:
             self.furthest = (0, 0)
         self.member = True
         self._note(self.registry.joined(SCOPE, "a", self.leader.epoch, self.now))
@@ -204,9 +199,11 @@ class RegistryAgainstTruth(RuleBasedStateMachine):
         self.member = False
         self.registry.left(SCOPE, "a", self.now)
 
-    @rule()
-    def restart(self) -> None:
-        self._restart()
+    @rule(clock_went_back=st.booleans())
+    def restart(self, clock_went_back: bool) -> None:
+        known = self.lives or [1_000]
+        epoch = min(known) - 1 if clock_went_back else max(known) + 1
+        self.leader = self.lives[epoch] = _Leader(epoch)
 
     @rule(
         kind=st.sampled_from(["stored", "stored", "removed", "cleared"]),
