@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from kvbm_schemas.codec import Decoder, Malformed, encode
@@ -41,8 +42,9 @@ from kvbm_service.core.effects import (
     TellRanks,
 )
 from kvbm_service.core.leader import Leader
-from kvbm_service.errors import BusError, DirectoryError, LayoutError, RanksMissing
+from kvbm_service.errors import BusError, DirectoryError, NameTaken
 from kvbm_service.network import Connect, Network
+from kvbm_service.own_ranks import OwnRanks
 from kvbm_service.presence import decode_record, join, stop_if_cancelled
 from kvbm_service.snapshots import Snapshots
 
@@ -75,6 +77,7 @@ class LeaderBus:
         self._network: Network | None = None
         self._membership: Membership | None = None
         self._tasks: asyncio.TaskGroup | None = None
+        self._own_ranks = OwnRanks(leader)
         self._woken = asyncio.Event()
         self._outgoing: asyncio.Queue[_Outgoing] = asyncio.Queue(MAX_OUTGOING)
         self._waiting: dict[str, str] = {}
@@ -92,7 +95,8 @@ class LeaderBus:
                 self._tasks.create_task(self._tick())
                 self._tasks.create_task(self._log_hit_rates())
                 self._tasks.create_task(self._snapshots.run())
-                await self._meet_ranks()
+                self._tasks.create_task(self._own_ranks.run(self._network.directory))
+                await self._until(lambda: self._leader.ready)
                 self._tasks.create_task(self._take_part())
                 watch = await self._watch(self._on_peer, self._key_prefix)
                 try:
@@ -108,6 +112,7 @@ class LeaderBus:
     def wake(self) -> None:
         """Something about the ranks has changed."""
         self._woken.set()
+        self._own_ranks.wake()
 
     def carry_out(self, effects: list[Effect]) -> None:
         """Do what the core wants done. What cannot be done now counts as lost."""
@@ -145,7 +150,7 @@ class LeaderBus:
 
     async def _answer(self, effect: Answer) -> None:
         reply = self._waiting.pop(effect.lease, None)
-        if reply is not None:
+        if reply is not None and (self._is_member or isinstance(effect.answer, Refused)):
             await self._publish(reply, effect.answer)
 
     async def _publish(self, subject: str, message: Message) -> None:
@@ -254,13 +259,15 @@ class LeaderBus:
 
     # -- incoming --------------------------------------------------------------------------
 
-    async def _serve(self) -> None:
+    async def _serve(self, until: contextlib.AsyncExitStack) -> None:
+        """Be asked under our name, which nobody else answers to meanwhile."""
         for what, handler in (
             ("lease", self._on_lease),
             ("release", self._on_release),
             ("snapshot", self._on_snapshot),
         ):
-            await self._bus.subscribe(self._subject(what), handler)
+            subscription = await self._bus.subscribe(self._subject(what), handler)
+            until.push_async_callback(subscription.close)
 
     async def _on_lease(self, delivery: Delivery) -> None:
         request = self._decode(delivery, _acquires)
@@ -316,11 +323,6 @@ class LeaderBus:
                 stop_if_cancelled()
                 await asyncio.sleep(TICK_SECONDS)
 
-    def _on_own_rank(self, change: Change) -> None:
-        record = None if change.value is None else decode_record(change.key, change.value)
-        if isinstance(record, RankRecord) and self._leader.is_own(record):
-            self._attach(record)
-
     def _on_peer(self, change: Change) -> None:
         node, *rank = change.key.removeprefix(self._key_prefix).split(".")
         if node == self._leader.node:
@@ -334,52 +336,46 @@ class LeaderBus:
             number = int(rank[0])
             self._leader.on_core(lambda core: core.peers.rank_changed(node, number, worker), None)
 
-    def _attach(self, record: RankRecord) -> None:
-        try:
-            self._leader.attach(record)
-        except LayoutError as error:
-            _log.error("%s", error)
-
-    async def _meet_ranks(self) -> None:
-        """Wait until all ranks have reported, in the directory or through the engine."""
-        own_ranks = f"{self._key_prefix}{self._leader.node}."
-        watching = asyncio.create_task(self._watch(self._on_own_rank, own_ranks))
-        try:
-            await self._wait_for_ranks()
-            await asyncio.wait([watching])  # what comes next needs the directory, too
-        finally:
-            watching.cancel()
-            await asyncio.wait([watching])
-            if not watching.cancelled():
-                await watching.result().close()
-
-    async def _wait_for_ranks(self) -> None:
-        late = False
-        while not self._leader.ready:
-            try:
-                self._leader.require_ranks()
-            except RanksMissing as error:
-                if not late:
-                    _log.error("%s; serving without a cache meanwhile", error)
-                late = True
-            self._woken.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), BEAT_SECONDS)
-
     async def _take_part(self) -> None:
-        """Be in the directory, with fresh numbers, whenever it can be reached."""
+        """Be in the directory whenever it can be reached and all ranks are there."""
+        while True:
+            await self._until(lambda: self._leader.visible)
+            await self._live()
+
+    async def _live(self) -> None:
+        """One life: with fresh numbers, until a rank is missing or another has our name."""
         assert self._network is not None
         key = self._key_prefix + self._leader.node
-        self._membership, epoch = await join(self._network, key, self._leader.record)
+        lives = self._leader.lives
+        self._membership, epoch = await join(
+            self._network, key, self._leader.record, after=self._leader.epoch
+        )
+        serving = contextlib.AsyncExitStack()
         try:
             self._leader.begin(epoch)
-            await self._serve()
-            while True:
-                stop_if_cancelled()
-                await asyncio.sleep(BEAT_SECONDS)
-                await self._beat(self._membership, epoch)
+            await self._serve(serving)
+            while self._leader.visible and self._leader.lives == lives:
+                if not await self._until(lambda: not self._leader.visible, BEAT_SECONDS):
+                    await self._beat(self._membership, epoch)
+        except NameTaken as error:
+            _log.warning("node %s goes on by itself: %s", self._leader.node, error)
         finally:
-            await self._membership.leave()
+            membership, self._membership = self._membership, None
+            async with serving:
+                await membership.leave()
+
+    async def _until(self, is_so: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Wait until something about the ranks is so; False if it is not within `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not is_so():
+                    self._woken.clear()
+                    await self._woken.wait()
+        except TimeoutError:
+            stop_if_cancelled()
+            return False
+        stop_if_cancelled()
+        return True
 
     async def _beat(self, membership: Membership, epoch: int) -> None:
         beat = self._leader.on_core(lambda core: core.journal.beat(), None)
@@ -387,6 +383,8 @@ class LeaderBus:
             self.carry_out([Publish(beat)])  # behind the events that it speaks of
         try:
             await membership.update(self._leader.record(epoch))
+        except NameTaken:
+            raise
         except DirectoryError as error:
             _log.debug("directory: %s", error)
 

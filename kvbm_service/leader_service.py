@@ -17,7 +17,7 @@ from kvbm_schemas.block import BlockHash, Tier
 from kvbm_schemas.codec import encode
 from kvbm_schemas.events import BlockEvent, Cleared, Removed, Stored
 from kvbm_schemas.records import NodeRecord, RankRecord, TierStatus
-from kvbm_schemas.step import StepCommands, StepResults, Survivors
+from kvbm_schemas.step import LoadResult, StepCommands, StepResults, Survivors
 from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters import metrics_server
 from kvbm_service.adapters.metrics import Metrics
@@ -64,7 +64,7 @@ class LeaderService:
         self._engine = engine
         self._clock = clock
         self._lock = threading.Lock()
-        self._roster = Roster(world_size)
+        self._roster = Roster(world_size, instance)
         self._core: Leader | None = None
         self._instance = instance
         """This life of the engine: a rank of an earlier one may still be in the directory."""
@@ -77,7 +77,7 @@ class LeaderService:
         """What ranks brought along from an earlier life, until the core is there."""
         self._bus_side = LeaderBus(self, connect)
         self._loop = LoopThread("kvbm-leader", self._bus_side.run)
-        self._started_at = clock()
+        self._incomplete_since = clock()
 
     # -- life ------------------------------------------------------------------------------
 
@@ -96,21 +96,76 @@ class LeaderService:
             self._metrics_server.close()
 
     def attach(self, record: RankRecord, survivors: Sequence[Survivors] = ()) -> None:
-        """A rank has reported, and what it has of an earlier life.
+        """The engine has started a rank, which has this of an earlier life, or of its predecessor.
 
-        With the last one, the node begins to work.
+        With the last one, the node begins to work. A rank whose process is another than before
+        has lost what it held, but for `survivors`.
 
         Raises:
-            LayoutError: the rank belongs to an engine of another size.
+            LayoutError: the rank does not fit this engine.
         """
         with self._lock:
-            self._roster.report(record)
-            if survivors:
+            self._roster.report(record, by_engine=True)
+            if self._core is None or record.agent in self._core.crew.agents:
                 self._survivors[record.rank] = tuple(survivors)
+        self._met(record, survivors)
+
+    def rank_listed(self, record: RankRecord) -> None:
+        """The directory lists a rank of ours.
+
+        Raises:
+            LayoutError: the rank does not fit this engine.
+        """
+        with self._lock:
+            self._roster.listed(record)
+        self._met(record, ())
+
+    def rank_unlisted(self, rank: int) -> None:
+        """The directory, which can be reached, does not list a rank any more."""
+        with self._lock:
+            self._roster.unlisted(rank)
+        self._look_who_is_away()
+
+    def rank_died(self, rank: int) -> None:
+        """The engine says that a rank's process is no more. Another may `attach` in its place."""
+        with self._lock:
+            known = self._roster.lose(rank)
+            self._incomplete_since = self._clock()
+        if known:
+            _log.warning("rank %d of node %s is gone: no cache until it is back", rank, self.node)
+            self._with_core(lambda core: core.rank_lost(rank, self._clock()), None)
+            self._look_who_is_away()
+
+    def _met(self, record: RankRecord, survivors: Sequence[Survivors]) -> None:
+        with self._lock:
             if self._core is None and self._roster.complete:
                 self._core = self._make_core()
-            if self._core is not None and len(self._survivors) == self._roster.world_size:
+            if self._core is not None and self._all_brought_something:
                 self._adopt(self._core)
+        self._with_core(lambda core: self._take_place(core, record, survivors), None)
+        self._look_who_is_away()
+
+    @property
+    def _all_brought_something(self) -> bool:
+        return len(self._survivors) == self._roster.world_size and all(self._survivors.values())
+
+    def _take_place(
+        self, core: Leader, record: RankRecord, survivors: Sequence[Survivors]
+    ) -> None:
+        if record.agent in core.crew.agents:
+            return
+        _log.warning(
+            "rank %d of node %s is another process now, %s: what it held is lost%s",
+            record.rank, self.node, record.agent,
+            ", but for what it has found again" if survivors else "",
+        )  # fmt: skip
+        self._survivors.clear()
+        core.rank_took_place(record, survivors, self._clock())
+
+    def _look_who_is_away(self) -> None:
+        with self._lock:
+            away = self._roster.away
+        self._with_core(lambda core: core.ranks_away(away), None)
         self._loop.call(self._bus_side.wake)
 
     def _adopt(self, core: Leader) -> None:
@@ -125,17 +180,13 @@ class LeaderService:
                 self.node, adopted, tiers[0].tier, ", ".join(map(str, found)),
             )  # fmt: skip
 
-    def is_own(self, record: RankRecord) -> bool:
-        """Whether a rank that the directory lists under our name belongs to this life."""
-        return record.instance == self._instance
-
     def require_ranks(self) -> None:
         """Check that all ranks reported in time.
 
         Raises:
             RanksMissing: some did not, and the time is up.
         """
-        waited = self._clock() - self._started_at
+        waited = self.waited_for_ranks
         if waited >= self._settings.leader_worker_init_timeout_seconds:
             self._roster.require_all(waited)
 
@@ -160,6 +211,11 @@ class LeaderService:
     def _evicted(self) -> dict[Tier, int]:
         nothing: dict[Tier, int] = {}
         return self._with_core(lambda core: dict(core.tiers.evicted), nothing)
+
+    @property
+    def waited_for_ranks(self) -> float:
+        """Seconds since a rank was missing for the last time, or is."""
+        return self._clock() - self._incomplete_since
 
     # -- engine side -------------------------------------------------------------------------
 
@@ -218,6 +274,11 @@ class LeaderService:
 
         return self._with_core(tell, [])
 
+    def take_lost_loads(self) -> list[LoadResult]:
+        """Loads that a lost rank will not report; see `Leader.take_lost_loads`."""
+        nothing: list[LoadResult] = []
+        return self._with_core(lambda core: core.take_lost_loads(), nothing)
+
     def reset(self) -> None:
         """Forget every block."""
         self._with_core(lambda core: core.reset(), None)
@@ -268,8 +329,31 @@ class LeaderService:
 
     @property
     def ready(self) -> bool:
-        """Whether all ranks have reported."""
+        """Whether all ranks have reported once."""
         return self._core is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all ranks are there now."""
+        with self._lock:
+            return self._roster.complete and not self._roster.away
+
+    @property
+    def visible(self) -> bool:
+        """Whether other nodes may see this one: all its ranks are there, for them too."""
+        with self._lock:
+            whole = self._core is not None and self._core.crew.whole
+            return whole and self._roster.complete and not self._roster.invisible
+
+    @property
+    def lives(self) -> int:
+        """How often what the ranks held was lost. Each time the node needs a new epoch."""
+        return self._core.crew.lives if self._core is not None else 0
+
+    @property
+    def epoch(self) -> int:
+        """The present epoch, or the last."""
+        return self._core.journal.epoch if self._core is not None else 0
 
     def log_hit_rates(self) -> None:
         """Say how often requests find their blocks, if that has changed."""

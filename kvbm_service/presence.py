@@ -42,18 +42,20 @@ def stop_if_cancelled() -> None:
 
 
 async def join(
-    network: Network, key: str, make_record: Callable[[int], bytes]
+    network: Network, key: str, make_record: Callable[[int], bytes], after: int = 0
 ) -> tuple[Membership, int]:
     """Join as `key`, however long it takes. `make_record` is given the epoch to claim.
 
-    Returns the membership, and the epoch claimed: it is greater than that of any record found
-    under this key, and than that of any earlier life on a host whose clock did not go back.
+    Returns the membership, and the epoch claimed: it is greater than `after`, than that of any
+    record found under this key, and than that of any earlier life on a host whose clock did not
+    go back. Where it did, and nothing is left in the directory, it may be smaller: whoever
+    follows a node goes by the life that is listed, not by the greatest epoch.
     """
     directory = network.directory
     said = ""
     while True:
         try:
-            epoch = await _next_epoch(directory, key)
+            epoch = max(after + 1, await _next_epoch(directory, key))
             return await directory.join(key, make_record(epoch)), epoch
         except NameTaken as error:
             problem = f"{error}; set another KVBM_NODE_NAME, or wait for the lease to end"

@@ -43,6 +43,7 @@ from kvbm_service.errors import TransferError
 from kvbm_service.fetched import Fetched
 from kvbm_service.lanes import Job, Lane, Tell
 from kvbm_service.loop_thread import LoopThread
+from kvbm_service.meant import Meant
 from kvbm_service.network import Connect
 from kvbm_service.worker_bus import WorkerBus
 
@@ -108,6 +109,9 @@ class WorkerService:
         self._unmet: dict[str, RankRecord] = {}
         """Ranks of other nodes that nothing was read from yet, by agent. One that cannot be
         reached takes seconds to meet, so loads go before; a load meets only whom it needs."""
+        self._meant = Meant(record)
+        self._lanes_to_rest = 0
+        """Lanes that may still be at something older than the last fence."""
         self._copies = Lane("kvbm-copies")
         self._reads = Lane("kvbm-reads", idle=mover.progress)
         self._disk_reads = Lane("kvbm-disk-reads") if disk is not None else None
@@ -123,6 +127,7 @@ class WorkerService:
 
     def submit(self, commands: StepCommands) -> None:
         """Take over what the leader wants done, after the device work that is queued now."""
+        commands = self._meant.heed(commands)
         if commands.forget:
             self._forget()
         for agent in commands.gone:
@@ -133,6 +138,8 @@ class WorkerService:
                 self._unmet[peer.agent] = peer
                 self._reads.add(Job(partial(self._meet, peer.agent), _warn, urgent=False))
         self._begin_between_tiers(commands)
+        if commands.fence:
+            self._fence_off(commands.fence)
         if not (commands.loads or commands.saves):
             return
         fence = self._mover.mark()
@@ -173,6 +180,28 @@ class WorkerService:
         self._mover.close()
         self._close()
 
+    # -- when a rank has been replaced -----------------------------------------------------
+
+    def _fence_off(self, op: int) -> None:
+        """Begin nothing up to `op` any more, and tell when nothing of it is under way."""
+        lanes = (self._copies, self._reads, self._disk_reads, self._disk_writes)
+        used = [lane for lane in lanes if lane is not None]
+        with self._lock:
+            if op == self._meant.fence and self._lanes_to_rest:
+                return  # it will be told
+            self._meant.fence, self._lanes_to_rest = op, len(used)
+
+        def passed(_: object = None) -> None:
+            with self._lock:
+                if op != self._meant.fence:
+                    return  # a later one goes round
+                self._lanes_to_rest -= 1
+                if not self._lanes_to_rest:
+                    self._moved.append(Moved(op=op))
+
+        for lane in used:
+            lane.add(Job(passed, passed, urgent=False))
+
     # -- moves into slots ------------------------------------------------------------------
 
     def fetch_now(self, fetch: Fetch, tell: Callable[[Moved], None]) -> None:
@@ -181,7 +210,8 @@ class WorkerService:
         `tell` is called once it is done, on some thread; not if it is under way already, or
         too old to be known.
         """
-        self._fetch(fetch, tell)
+        if fetch.op > self._meant.fence:
+            self._fetch(fetch, tell)
 
     def _begin_save(self, save: Save, fence: Fence) -> None:
         blocks = _columns(save.hashes, None, save.slots, save.blocks, save.op)

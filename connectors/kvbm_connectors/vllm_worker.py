@@ -57,7 +57,8 @@ class WorkerSide:
     def start_saves(self, metadata: KvbmMetadata) -> None:
         """The forward pass is under way or done: copy the blocks it fills, after it."""
         if self._worker and metadata.commands.saves:
-            self._worker.submit(StepCommands(saves=metadata.commands.saves))
+            commands = metadata.commands
+            self._worker.submit(StepCommands(saves=commands.saves, meant=commands.meant))
 
     def finished_loads(self) -> set[str]:
         """The requests whose loads came to their end here since the last call.

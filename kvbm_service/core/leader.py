@@ -8,7 +8,7 @@ and what has happened in `take_accounts`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from kvbm_schemas import step
 from kvbm_schemas.block import HASH_BYTES, BlockHash, Tier
@@ -16,13 +16,14 @@ from kvbm_schemas.events import Beat
 from kvbm_schemas.records import RankRecord, TierStatus
 from kvbm_schemas.requests import LeaseAnswer, Leased, Located, Refused
 from kvbm_service.core.accounts import Account, Path, Refusal
-from kvbm_service.core.columns import unpack_u32, unpack_u64
+from kvbm_service.core.columns import pack_u32, unpack_u32, unpack_u64
+from kvbm_service.core.crew import Crew, State
 from kvbm_service.core.effects import Answer, Effect, GiveBack, Publish
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.lending import Lending, LendingLimits
 from kvbm_service.core.limits import Limits
 from kvbm_service.core.load_order import LoadOrder
-from kvbm_service.core.loads import Loads
+from kvbm_service.core.loads import Load, Loads
 from kvbm_service.core.lookups import Lookups
 from kvbm_service.core.moves import Move, Settled
 from kvbm_service.core.offload_filter import OffloadFilter
@@ -31,9 +32,16 @@ from kvbm_service.core.outbox import Outbox
 from kvbm_service.core.peers import Peers
 from kvbm_service.core.prefetch import Prefetch
 from kvbm_service.core.reads import NO_HITS, Hits, Reader
+from kvbm_service.core.salvage import Salvage
 from kvbm_service.core.snapshot import Snapshot
 from kvbm_service.core.spills import Spills
 from kvbm_service.core.tiers import Tiers
+
+RANK_MISSING = "a rank is missing"
+"""Why nothing is lent."""
+
+MAX_LOST_LOADS = 65_536
+"""Loads given up that the engine has not been told of. Beyond, the oldest are dropped."""
 
 
 class Leader:
@@ -47,6 +55,7 @@ class Leader:
             journal=self.journal,
         )
         self.peers = Peers(tuple(rank.slab.layout for rank in ranks))
+        self.crew = Crew([rank.agent for rank in ranks])
         self.disk_lost = ""
         """Why there is no disk tier any more."""
         self.outbox = Outbox(block_bytes=sum(rank.slab.slot_bytes for rank in ranks))
@@ -56,7 +65,7 @@ class Leader:
         self.lending = Lending(
             self.tiers,
             self.orders,
-            agents=tuple(rank.agent for rank in ranks),
+            agents=self.crew.agents,
             limits=LendingLimits(limits.lease_seconds, limits.staging_seconds),
         )
         self.spills = Spills(self.tiers, self.orders, limits.spill, self._new_filter())
@@ -81,6 +90,10 @@ class Leader:
         self._unsaved: set[str] = set()
         """Requests of which no further block is to be saved."""
         self._freed_blocks: list[int] = []
+        self._lost_loads: list[step.LoadResult] = []
+        self._salvage = Salvage()
+        self._void = 0
+        """Ops up to this number were given up."""
 
     def _new_filter(self) -> OffloadFilter | None:
         limits = self._limits
@@ -101,12 +114,15 @@ class Leader:
         May be asked any number of times. Answers within two lookup deadlines, and the staging
         deadline if blocks are on another node's disk.
         """
+        if not self.crew.whole:
+            return self.lookups.nothing(request)
         return self.lookups.match(request, computed, now)
 
     def load(self, request: str, computed: int, device_blocks: Sequence[int], now: float) -> None:
         """Fill `device_blocks` with the chain's blocks from `computed` on, as `match` promised.
 
-        With no device blocks, the engine does not want what was promised.
+        With no device blocks, the engine does not want what was promised. If a rank has been
+        lost since the promise, the load is among `take_lost_loads`.
         """
         reader = self.lookups.promised(request)
         if reader is None:
@@ -114,6 +130,10 @@ class Leader:
             return
         if not device_blocks:
             self.lookups.decline(reader)
+            return
+        if self.crew.state in (State.BROKEN, State.SETTLING):
+            self.lookups.break_promise(reader)
+            self._tell_lost(0, request, device_blocks)
             return
         plan = reader.plan
         assert plan is not None
@@ -150,7 +170,7 @@ class Leader:
         none. Returns how many blocks are dealt with (offer the rest again), and the device
         blocks that must not be reused until `take_freed_blocks` returns them.
         """
-        if not self.tiers.has(self._save_to):
+        if not (self.crew.whole and self.tiers.has(self._save_to)):
             return len(chain), []
         offered = self._wanted(chain, request, priorities)
         room = self._limits.held_blocks - self.orders.held_blocks
@@ -195,9 +215,10 @@ class Leader:
 
     def take_commands(self, now: float) -> step.StepCommands:
         """Everything the ranks have to do around the coming forward pass."""
-        self.spills.order()
-        self.prefetch.order(self.lookups.waiting.items(), self.outbox.effects, now)
-        return self.orders.take(*self.peers.take_news())
+        if self.crew.whole:
+            self.spills.order()
+            self.prefetch.order(self.lookups.waiting.items(), self.outbox.effects, now)
+        return self.orders.take(*self.peers.take_news(), self.crew.meant, self.crew.fence)
 
     def report(self, results: step.StepResults, now: float) -> None:
         """A rank has finished some of what it was told."""
@@ -215,10 +236,18 @@ class Leader:
         freed, self._freed_blocks = self._freed_blocks, []
         return freed
 
+    def take_lost_loads(self) -> list[step.LoadResult]:
+        """Loads that some rank, which is no more, will not report: none of their blocks arrived.
+
+        Nobody writes to their device blocks any more.
+        """
+        lost, self._lost_loads = self._lost_loads, []
+        return lost
+
     @property
     def busy(self) -> bool:
         """Whether ranks still have something to report, or to be told."""
-        awaited = len(self.loads) or self.orders.moves.step_awaited
+        awaited = len(self.loads) or self.orders.moves.step_awaited or self.crew.fence
         return bool(awaited or self.orders.waiting or len(self.spills))
 
     @property
@@ -232,6 +261,7 @@ class Leader:
         self.spills.clear()
         self.tiers.clear()
         self.orders.forget()
+        self._salvage.forget()
 
     def adopt(self, survivors: Sequence[step.Survivors]) -> int:
         """Take over what an earlier life left in one tier; `survivors` are those of each rank.
@@ -241,6 +271,57 @@ class Leader:
         for rank in survivors:
             self.orders.skip_ops(max(unpack_u64(rank.fills), default=0))
         return self.tiers.adopt(survivors)
+
+    # -- ranks that go and come ------------------------------------------------------------
+
+    def ranks_away(self, ranks: Sequence[int]) -> None:
+        """These ranks cannot be seen, all others can: promise nothing until they are back.
+
+        What is under way goes on: they may be working on it.
+        """
+        self.crew.away(ranks)
+        if ranks:
+            self._answer_late(self.lending.end_all(RANK_MISSING))
+
+    def rank_lost(self, rank: int, now: float) -> None:
+        """A rank's process is no more, and with it its share of every block.
+
+        Nothing is promised until another has its place and all are at rest. What is under way
+        ends as failed, as soon as the other ranks are done with it.
+        """
+        self._salvage.begin(self.tiers.held())
+        self.crew.lost(rank)
+        self.spills.clear()
+        self._answer_late(self.lending.end_all(RANK_MISSING))
+        self.tiers.clear()
+        untold = self.orders.drop()
+        self._void = self.orders.last_op
+        self._give_up(now, rank, untold)
+
+    def rank_took_place(
+        self, record: RankRecord, survivors: Sequence[step.Survivors], now: float
+    ) -> None:
+        """Another process has a rank's place; `survivors` is what it found of the one before."""
+        if record.agent in self.crew.agents:
+            return
+        if not self.crew.is_lost(record.rank):
+            self.rank_lost(record.rank, now)
+        self._salvage.found(record.rank, survivors)
+        self.crew.took_place(record.rank, record.agent, fence=self.orders.next_op())
+        self.lending.meet(self.crew.agents)
+        self.peers.tell_again()
+
+    def _all_at_rest(self, now: float) -> None:
+        """Nothing older is under way on any rank, nor will be begun."""
+        self._give_up(now)
+        for had in self._salvage.end():
+            self.adopt(had)
+
+    def _give_up(self, now: float, rank: int | None = None, untold: Container[int] = ()) -> None:
+        for op, settled in self.orders.moves.give_up(RANK_MISSING, rank, untold):
+            self._settle(op, settled, now)
+        for load in self.loads.give_up(RANK_MISSING, now, rank, untold):
+            self._load_ended(load, now)
 
     # -- bus side ------------------------------------------------------------------------
 
@@ -261,6 +342,9 @@ class Leader:
         """An owner answered, or (None) did not. A lease that nobody waits for is given back."""
         if answer is None:
             self.peers.shun(node, now)
+        if isinstance(answer, Leased) and not self.crew.whole:
+            self.outbox.effects.append(GiveBack(node, answer.lease))
+            answer = Refused(reason=RANK_MISSING)
         if not self.prefetch.answered(attempt, answer, asked_at, now, self.outbox.effects):
             self.lookups.answered(request, attempt, node, start, answer, asked_at)
 
@@ -269,6 +353,8 @@ class Leader:
 
         None: they are on disk only, and the effect `Answer` follows when they have come up.
         """
+        if not self.crew.whole:
+            return Refused(reason=RANK_MISSING)
         answer = self.lending.acquire(hashes, token, self.journal.epoch, now, self.outbox.effects)
         if isinstance(answer, Refused):
             self.outbox.tell(Refusal(answer.reason, len(hashes) // HASH_BYTES))
@@ -280,6 +366,8 @@ class Leader:
 
     def moved(self, moved: step.Moved, rank: int, now: float) -> None:
         """A rank has come to the end of a move."""
+        if self.crew.at_rest(moved.op, rank):
+            self._all_at_rest(now)
         settled = self.orders.moves.report(
             moved.op, rank, unpack_u32(moved.failed), moved.reason, moved.seconds
         )
@@ -291,7 +379,8 @@ class Leader:
 
         A rank carries out each op once, and repeats what it said of it.
         """
-        self.orders.put_into_step(fetch)
+        if fetch.op > self._void:
+            self.orders.put_into_step(fetch)
 
     def begin_snapshot(self) -> Snapshot:
         """A copy of what is held, to be taken in slices so that nobody has to wait."""
@@ -325,6 +414,7 @@ class Leader:
         self.orders.moves.check_integrity()
         self.lookups.check_integrity()
         self.loads.check_integrity()
+        self.crew.check_integrity()
 
     # -- inside --------------------------------------------------------------------------
 
@@ -370,7 +460,19 @@ class Leader:
     def _load_reported(self, result: step.LoadResult, rank: int, now: float) -> None:
         load = self.loads.report(result, rank, now)
         if load is not None:
-            self.lookups.let_go(load.order.plan)
-            self.lookups.loaded(load.request, load.op, failed=bool(load.failed))
-            # Blocks used in the host tier have earned a place on disk.
-            self.outbox.tell(*self.spills.offer(load.arrived(Path.HOST_TO_DEVICE), now))
+            self._load_ended(load, now)
+
+    def _load_ended(self, load: Load, now: float) -> None:
+        self.lookups.let_go(load.order.plan)
+        self.lookups.loaded(load.request, load.op, failed=bool(load.failed))
+        # Blocks used in the host tier have earned a place on disk.
+        self.outbox.tell(*self.spills.offer(load.arrived(Path.HOST_TO_DEVICE), now))
+        if load.given_up:
+            self._tell_lost(load.op, load.request, load.order.device_blocks)
+
+    def _tell_lost(self, op: int, request: str, device_blocks: Sequence[int]) -> None:
+        failed = pack_u32(device_blocks)
+        self._lost_loads.append(
+            step.LoadResult(op=op, request=request, failed_blocks=failed, reason=RANK_MISSING)
+        )
+        del self._lost_loads[:-MAX_LOST_LOADS]

@@ -77,6 +77,18 @@ class Lending:
         """The reader is done. An unknown token changes nothing."""
         self._tiers.host.unpin(self.leases.release(token))
 
+    def end_all(self, reason: str) -> list[Answer]:
+        """Nobody may read any more, or is to wait."""
+        for slots in self.leases.end_all():
+            self._tiers.host.unpin(slots)
+        waiting, self._staged = self._staged, {}
+        refused = Refused(reason=reason)
+        return [Answer(token, refused, len(one.chain)) for token, one in waiting.items()]
+
+    def meet(self, agents: tuple[str, ...]) -> None:
+        """From now on these are the processes whose memory is lent."""
+        self._agents = agents
+
     def fetched(self, op: int, epoch: int, now: float) -> list[Answer]:
         """Blocks have come up from the disk, or will not: answer who waited for them."""
         self._coming = {block: by for block, by in self._coming.items() if by != op}

@@ -72,7 +72,7 @@ class LoadOrder:
         self._chain = reader.chain
         self.computed = computed
         self._end = computed + len(device_blocks)
-        self._device_blocks = device_blocks
+        self.device_blocks = device_blocks
         self._tiers = tiers
         self.plan: Plan = reader.plan
         self.taken: list[Taken] = []
@@ -110,7 +110,7 @@ class LoadOrder:
         )
 
     def _append(self, to: _Columns, piece: Pinned | Grant, start: int, stop: int) -> None:
-        blocks = self._device_blocks[start - self.computed : stop - self.computed]
+        blocks = self.device_blocks[start - self.computed : stop - self.computed]
         names = self._chain[start:stop]
         fills: Sequence[int]
         if isinstance(piece, Pinned):

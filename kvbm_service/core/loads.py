@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from kvbm_schemas import step
@@ -32,6 +32,8 @@ class Load:
     failed: set[int] = field(default_factory=set)
     reason: str = ""
     seconds: dict[Path, float] = field(default_factory=dict)
+    given_up: bool = False
+    """Whether some rank will never report."""
 
     def arrived(self, path: Path) -> list[BlockHash]:
         """The blocks that came this way."""
@@ -95,10 +97,26 @@ class Loads:
             (Path.REMOTE_TO_DEVICE, result.remote_seconds),
         ):
             load.seconds[path] = max(seconds, load.seconds.get(path, 0.0))
-        if load.waiting:
-            return None
-        del self._open[result.op]
-        self._blame(load, now)
+        return None if load.waiting else self._end(load, now)
+
+    def give_up(
+        self, reason: str, now: float, rank: int | None = None, untold: Container[int] = ()
+    ) -> list[Load]:
+        """Nothing that is open will arrive. Returns the loads that have ended; see `Moves`."""
+        for op, load in self._open.items():
+            load.given_up, load.reason = True, load.reason or reason
+            load.failed.update(load.order.device_blocks)
+            if rank is None or op in untold:
+                load.waiting.clear()
+            else:
+                load.waiting.discard(rank)
+        ended = [load for load in self._open.values() if not load.waiting]
+        return [self._end(load, now) for load in ended]
+
+    def _end(self, load: Load, now: float) -> Load:
+        del self._open[load.op]
+        if not load.given_up:
+            self._blame(load, now)
         self._account(load, now)
         return load
 
@@ -127,7 +145,9 @@ class Loads:
             if good:
                 arrived[taken.node or self._node, taken.tier] += good
         for path, (good, bad) in by_path.items():
-            self._outbox.transferred(path, good, bad, load.reason, load.seconds[path])
+            self._outbox.transferred(
+                path, good, bad, load.reason, load.seconds.get(path, 0.0)
+            )
         self._outbox.effects.append(
             Announce(
                 Loaded(

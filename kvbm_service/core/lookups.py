@@ -86,6 +86,21 @@ class Lookups:
             reader.answered = True
         return found
 
+    def nothing(self, request: str) -> int:
+        """What `match` answers while nothing may be promised: forget what has been found out."""
+        reader = self.readers.get(request)
+        if reader is not None and reader.stage not in (Stage.SPENT, Stage.LOADING):
+            if reader.plan is not None:
+                self._drop_plan(reader)
+            reader.stage, reader.segments = Stage.IDLE, ()
+            reader.patience, reader.answered = None, True
+        return 0
+
+    def break_promise(self, reader: Reader) -> None:
+        """What was promised cannot be had any more."""
+        self.decline(reader)
+        reader.stage = Stage.SPENT
+
     def promised(self, request: str) -> Reader | None:
         """The engine has scheduled the request: its reader, if it was promised something."""
         self.waiting.pop(request, None)
@@ -169,7 +184,7 @@ class Lookups:
             return
         grant = Grant.of(answer, node, start, asked_at)
         fits = part is not None and grant.end <= part.end
-        if part is None or not fits or not self._peers.knows(node, answer.agents):
+        if part is None or not fits or not self._peers.knows(node, answer.agents, answer.epoch):
             self._outbox.effects.append(GiveBack(node, answer.lease))
             return
         assert reader is not None

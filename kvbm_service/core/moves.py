@@ -7,7 +7,7 @@ confirmed its bytes. Until then nothing that the move touches is used for anythi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,9 +100,28 @@ class Moves:
         one.failed.update(position for position in failed if position < len(one.move.slots))
         one.reason = one.reason or reason
         one.seconds = max(one.seconds, seconds)
-        if one.waiting:
-            return None
-        del self._open[op]
+        return None if one.waiting else self._settle(op)
+
+    def give_up(
+        self, reason: str, rank: int | None = None, untold: Container[int] = ()
+    ) -> list[tuple[int, Settled]]:
+        """Nothing that is open will be in place. Returns what nobody has to be waited for.
+
+        That is what only `rank`, which is no more, had to report; the ops `untold`, of which
+        no rank has heard; and, with no rank, everything.
+        """
+        for op, one in self._open.items():
+            one.failed.update(range(len(one.move.slots)))
+            one.reason = one.reason or reason
+            if rank is None or op in untold:
+                one.waiting.clear()
+            else:
+                one.waiting.discard(rank)
+        ended = [op for op, one in self._open.items() if not one.waiting]
+        return [(op, self._settle(op)) for op in ended]
+
+    def _settle(self, op: int) -> Settled:
+        one = self._open.pop(op)
         self._by_bus.discard(op)
         self.held_blocks -= len(one.move.device_blocks)
         self.under_way[one.move.path] -= 1

@@ -45,6 +45,11 @@ class Orders:
         self._remote_fetches: list[step.RemoteFetch] = []
         self._forget = False
 
+    @property
+    def last_op(self) -> int:
+        """The greatest number so far."""
+        return self._last_op
+
     def next_op(self) -> int:
         """A number for a new op."""
         self._last_op += 1
@@ -137,7 +142,13 @@ class Orders:
 
     # -- handing them over ---------------------------------------------------------
 
-    def take(self, came: tuple[RankRecord, ...], gone: tuple[str, ...]) -> step.StepCommands:
+    def take(
+        self,
+        came: tuple[RankRecord, ...],
+        gone: tuple[str, ...],
+        meant: bytes = b"",
+        fence: int = 0,
+    ) -> step.StepCommands:
         """Everything the ranks have to do around the coming forward pass."""
         commands = step.StepCommands(
             saves=self._take_save(),
@@ -148,11 +159,23 @@ class Orders:
             fetches=tuple(self._fetches),
             remote_fetches=tuple(self._remote_fetches),
             forget=self._forget,
+            meant=meant,
+            fence=fence,
         )
         self._loads, self._spills = [], []
         self._fetches, self._remote_fetches = [], []
         self._forget = False
         return commands
+
+    def drop(self) -> set[int]:
+        """Forget what no rank has been told yet, all but to forget. Returns the ops of it."""
+        ops = {save.op for save in self._take_save()}
+        ops |= {load.op for load in self._loads} | {spill.op for spill in self._spills}
+        ops |= {fetch.op for fetch in self._fetches}
+        ops |= {fetch.op for fetch in self._remote_fetches}
+        self._loads, self._spills = [], []
+        self._fetches, self._remote_fetches = [], []
+        return ops
 
     def _take_save(self) -> tuple[step.Save, ...]:
         saving, self._saving = self._saving, _Saving()

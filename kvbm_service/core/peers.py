@@ -56,9 +56,11 @@ class Peers:
             for rank, layout in enumerate(self._layouts)
         )
 
-    def knows(self, node: str, agents: tuple[str, ...]) -> bool:
-        """Whether these are the present agents of all ranks of `node`."""
-        ranks = self._ranks.get(node, {})
+    def knows(self, node: str, agents: tuple[str, ...], epoch: int) -> bool:
+        """Whether `node` lives in `epoch`, and these are the present agents of all its ranks."""
+        leader, ranks = self._leaders.get(node), self._ranks.get(node, {})
+        if leader is None or leader.epoch != epoch:
+            return False
         return len(ranks) == len(agents) and all(
             rank in ranks and ranks[rank].agent == agent for rank, agent in enumerate(agents)
         )
@@ -67,6 +69,14 @@ class Peers:
         """`node` failed us: leave it alone for a while."""
         if node in self._leaders:
             self._shunned[node] = now + SHUN_SECONDS
+
+    def tell_again(self) -> None:
+        """One of our own ranks is a new one, which knows nobody: let all meet everyone anew."""
+        known = [record for ranks in self._ranks.values() for record in ranks.values()]
+        for record in known:
+            if record.agent not in self._news:
+                self._gone.append(record.agent)
+                self._news[record.agent] = record
 
     def take_news(self) -> tuple[tuple[RankRecord, ...], tuple[str, ...]]:
         """Ranks that came, and agents that went, since the last call."""

@@ -144,7 +144,7 @@ class Prefetch:
             return True
         grant = Grant.of(answer, asked.node, asked.start, asked_at)
         fits = len(grant.slots) <= len(asked.blocks)
-        if not fits or not self._peers.knows(asked.node, answer.agents):
+        if not fits or not self._peers.knows(asked.node, answer.agents, answer.epoch):
             effects.append(GiveBack(asked.node, answer.lease))
             return True
         op = self._orders.next_op()

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from kvbm_schemas.block import BlockHash, Tier, unpack
+from kvbm_schemas.block import BlockHash, Tier, pack, unpack
 from kvbm_schemas.records import TierStatus
 from kvbm_schemas.step import Survivors
-from kvbm_service.core.columns import unpack_u32, unpack_u64
+from kvbm_service.core.columns import pack_u32, pack_u64, unpack_u32, unpack_u64
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.pool import Pool, Reservation
 from kvbm_service.core.reads import Pinned
@@ -160,6 +160,10 @@ class Tiers:
             self._journal.stored(stored, tier)
         return len(stored)
 
+    def held(self) -> list[Survivors]:
+        """What every rank has in each tier: where each block is, and under what stamp."""
+        return [_held(tier, pool) for tier, pool in self._pools]
+
     # -- dropping ------------------------------------------------------------------
 
     def drop(self, tier: Tier, blocks: Iterable[BlockHash]) -> None:
@@ -197,6 +201,17 @@ class Tiers:
         """Each pool's tables agree."""
         for _, pool in self._pools:
             pool.check_integrity()
+
+
+def _held(tier: Tier, pool: Pool) -> Survivors:
+    blocks = pool.blocks()
+    slots = [slot for block in blocks if (slot := pool.slot(block)) is not None]
+    return Survivors(
+        tier=tier,
+        hashes=pack(blocks),
+        fills=pack_u64(pool.fills(slots)),
+        slots=pack_u32(slots),
+    )
 
 
 def _alike(survivors: Sequence[Survivors]) -> tuple[list[BlockHash], list[int], list[int]]:

@@ -6,6 +6,7 @@ forward pass. Lists are columns: one entry per block, packed like on the wire.
 
 from __future__ import annotations
 
+import zlib
 from typing import Annotated
 
 import msgspec
@@ -23,6 +24,14 @@ from kvbm_schemas.records import RankRecord
 
 Op = Annotated[int, msgspec.Meta(ge=0, le=MAX_U63)]
 """A command's number. No two commands of a node have the same, its earlier lives included."""
+
+
+MARK_BYTES = 4
+
+
+def mark(agent: str) -> bytes:
+    """By what a rank's process is told from others that have, or had, the same rank."""
+    return zlib.crc32(agent.encode()).to_bytes(MARK_BYTES, "little")
 
 
 class Save(Message, frozen=True):
@@ -137,6 +146,12 @@ class StepCommands(Message, frozen=True):
     remote_fetches: tuple[RemoteFetch, ...] = ()
     forget: bool = False
     """No block of this life may be found by a later one. To be done before all else."""
+    meant: Annotated[bytes, msgspec.Meta(max_length=4096 * MARK_BYTES)] = b""
+    """The `mark` of each rank's process, in rank order; whoever else gets this obeys nothing of
+    it. Empty: anyone."""
+    fence: Op = 0
+    """Commands up to this number that come later are void. To be answered with a `Moved` of this
+    op, once nothing older is under way. 0: nothing to answer."""
 
 
 class Moved(Message, frozen=True):

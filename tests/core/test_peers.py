@@ -39,15 +39,27 @@ def test_a_node_of_another_size_is_not_asked(peers: Peers) -> None:
 
 def test_agents_count_only_when_they_are_the_present_ones_in_rank_order() -> None:
     peers = Peers(layouts=("", ""))
+    peers.leader_changed("b", node_record("b", world_size=2))
     for rank in (0, 1):
         peers.rank_changed("b", rank, rank_record("b", rank=rank, world_size=2))
-    assert peers.knows("b", ("b/0/1", "b/1/1"))
-    assert not peers.knows("b", ("b/1/1", "b/0/1"))
-    assert not peers.knows("b", ("b/0/1",))
-    assert not peers.knows("b", ("b/0/2", "b/1/2"))
-    assert not peers.knows("c", ("b/0/1", "b/1/1"))
+    assert peers.knows("b", ("b/0/1", "b/1/1"), epoch=1)
+    assert not peers.knows("b", ("b/1/1", "b/0/1"), epoch=1)
+    assert not peers.knows("b", ("b/0/1",), epoch=1)
+    assert not peers.knows("b", ("b/0/2", "b/1/2"), epoch=1)
+    assert not peers.knows("c", ("b/0/1", "b/1/1"), epoch=1)
     peers.rank_changed("b", 1, None)
-    assert not peers.knows("b", ("b/0/1", "b/1/1"))
+    assert not peers.knows("b", ("b/0/1", "b/1/1"), epoch=1)
+
+
+@pytest.mark.parametrize("other", [6, 8], ids=["earlier", "later"])
+def test_what_a_leader_says_in_another_life_than_the_directory_lists_does_not_count(
+    peers: Peers, other: int
+) -> None:
+    peers.rank_changed("b", 0, rank_record("b"))
+    assert not peers.knows("b", ("b/0/1",), epoch=7)
+    peers.leader_changed("b", node_record("b", epoch=7))
+    assert peers.knows("b", ("b/0/1",), epoch=7)
+    assert not peers.knows("b", ("b/0/1",), epoch=other)
 
 
 def test_a_node_that_failed_us_is_left_alone_for_a_while(peers: Peers) -> None:
@@ -104,3 +116,18 @@ def test_a_rank_that_went_and_came_back_between_two_steps_is_met_anew(peers: Pee
 def test_the_loss_of_an_unknown_rank_changes_nothing(peers: Peers) -> None:
     peers.rank_changed("b", 0, None)
     assert peers.take_news() == ((), ())
+
+
+def test_a_new_rank_of_ones_own_meets_everyone(peers: Peers) -> None:
+    meet(peers, "b")
+    peers.take_news()
+    meet(peers, "c")
+    peers.tell_again()
+    came, gone = peers.take_news()
+    assert set(came) == {rank_record("b"), rank_record("c")}
+    assert gone == ("b/0/1",), "c was not met by anyone yet"
+    peers.tell_again()
+    peers.rank_changed("b", 0, None)
+    came, gone = peers.take_news()
+    assert came == (rank_record("c"),)
+    assert sorted(gone) == ["b/0/1", "c/0/1"]

@@ -44,6 +44,7 @@ from kvbm_schemas.step import (
     StepCommands,
     StepResults,
     Survivors,
+    mark,
 )
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -126,6 +127,7 @@ EXAMPLES: dict[str, Message] = {
         fetches=(FETCH,), remote_fetches=(REMOTE_FETCH,), forget=True,
     ),
     "stepcommands, nothing": StepCommands(),
+    "stepcommands, after a loss": StepCommands(meant=mark("b/0/1") + mark("b/1/2"), fence=7),
     "loadresult": RESULT,
     "loadresult, all well": LoadResult(op=4, request="r"),
     "loadresult, not timed": LoadResult(
