@@ -81,14 +81,20 @@ class RegistryService:
         bus: Bus,
         directory: Directory,
         *,
+        events: Bus | None = None,
         wire: Wire = Wire.MSGPACK,
         limits: Limits = DEFAULT_LIMITS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Neither `bus` nor `directory` is closed by it."""
+        """Neither `bus` nor `directory` is closed by it.
+
+        With `events`, another connection, events come over that one: then questions do not
+        have to wait behind them, however many there are.
+        """
         self.ready = asyncio.Event()
         """Set once questions are answered (with what little is known then)."""
         self._bus = bus
+        self._events_bus = events or bus
         self._directory = directory
         self._wire = wire
         self._clock = clock
@@ -109,12 +115,12 @@ class RegistryService:
         """Serve until cancelled."""
         await asyncio.to_thread(compile_now)
         async with asyncio.TaskGroup() as self._tasks, AsyncExitStack() as stack:
-            for subject, handler, queue in (
-                (every("events"), self._on_event, ""),
-                (every("lookup", REGISTRY_NODE), self._on_lookup, QUEUE),
-                (every("locate", REGISTRY_NODE), self._on_locate, QUEUE),
+            for bus, subject, handler, queue in (
+                (self._events_bus, every("events"), self._on_event, ""),
+                (self._bus, every("lookup", REGISTRY_NODE), self._on_lookup, QUEUE),
+                (self._bus, every("locate", REGISTRY_NODE), self._on_locate, QUEUE),
             ):
-                subscription = await self._bus.subscribe(subject, handler, queue)
+                subscription = await bus.subscribe(subject, handler, queue)
                 stack.push_async_callback(subscription.close)
             self.ready.set()
             watch = await self._watch()
@@ -128,7 +134,7 @@ class RegistryService:
         registry = self._registry
         nodes = list(registry.nodes())
         return RegistryStatus(
-            connected=self._bus.connected,
+            connected=self._bus.connected and self._events_bus.connected,
             scopes=registry.scopes,
             nodes=len(nodes),
             syncing=sum(node.state is State.SYNCING for node in nodes),

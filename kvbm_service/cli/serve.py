@@ -15,13 +15,14 @@ import typer
 
 from kvbm_schemas.codec import encode
 from kvbm_schemas.requests import Locate
-from kvbm_schemas.subjects import REGISTRY_NODE, Scope
+from kvbm_schemas.subjects import REGISTRY_INBOX, REGISTRY_NODE, Scope
 from kvbm_service.adapters.bus import Bus
 from kvbm_service.cli.connection import open_network
 from kvbm_service.cli.options import Credentials, NatsUrl, read_settings
 from kvbm_service.cli.readable import size
 from kvbm_service.cli.running import log_as_a_service, run, status_line
 from kvbm_service.errors import BusError, PortTaken
+from kvbm_service.network import connect_bus
 from kvbm_service.setting_kind import mask_urls
 from kvbm_service.settings import Settings
 
@@ -136,8 +137,11 @@ async def _serve_registry(settings: Settings, look: Callable[[], None] = lambda:
     """Serve until cancelled. Every now and then, `look` may raise to end it."""
     from kvbm_service.registry_service import RegistryService
 
-    async with open_network(settings, "kvbm registry") as (bus, directory):
-        service = RegistryService(bus, directory, wire=settings.wire)
+    async with (
+        open_network(settings, "kvbm registry") as (bus, directory),
+        _bus_for_events(settings) as events,
+    ):
+        service = RegistryService(bus, directory, events=events, wire=settings.wire)
         running = asyncio.create_task(service.run())
         try:
             with status_line() as show:
@@ -151,6 +155,16 @@ async def _serve_registry(settings: Settings, look: Callable[[], None] = lambda:
         finally:
             running.cancel()
             await asyncio.wait([running])
+
+
+@contextlib.asynccontextmanager
+async def _bus_for_events(settings: Settings) -> AsyncIterator[Bus]:
+    """A connection of their own: questions do not wait behind a flood of events."""
+    bus = await connect_bus(settings, "kvbm registry events", REGISTRY_INBOX)
+    try:
+        yield bus
+    finally:
+        await bus.close()
 
 
 async def _until_it_answers(

@@ -18,7 +18,9 @@ from kvbm_service.registry_service import RegistryService
 async def main(url: str, lease_seconds: float) -> None:
     """Serve until stdin ends."""
     bus = await NatsBus.connect(url, name="registry")
-    service = RegistryService(bus, NatsDirectory(bus, lease_seconds=lease_seconds))
+    events = await NatsBus.connect(url, name="registry, events")
+    directory = NatsDirectory(bus, lease_seconds=lease_seconds)
+    service = RegistryService(bus, directory, events=events)
     serving = asyncio.create_task(service.run())
     await service.ready.wait()
     questions = asyncio.StreamReader()
@@ -28,7 +30,7 @@ async def main(url: str, lease_seconds: float) -> None:
     while await questions.readline():
         status = service.status()
         report = status._replace(counts=None)._asdict()  # type: ignore[arg-type]
-        report |= {"counts": asdict(status.counts), "troubles": asdict(bus.troubles)}
+        report |= {"counts": asdict(status.counts), "troubles": asdict(events.troubles)}
         report |= {"rss_bytes": _rss_bytes(), "peak_bytes": _peak_bytes()}
         print(json.dumps(report), flush=True)
     serving.cancel()
