@@ -24,8 +24,8 @@ from kvbm_service.errors import DirectoryError, SettingError
 
 DEFAULT_LEASE_SECONDS = 10.0
 MIN_LEASE_SECONDS = 0.5
-MAX_ANSWER_SECONDS = 2.0
-"""How long one server may take to answer, less with short leases."""
+MIN_ANSWER_SECONDS, MAX_ANSWER_SECONDS = 1.0, 2.0
+"""How long one server may take to answer: a third of a lease, within these bounds."""
 HEARTBEATS_PER_LEASE = 5
 MAX_RECORDS_PER_PAGE = 256
 MAX_AGES_ASKED = 32
@@ -187,7 +187,8 @@ class EtcdDirectory(LeasedRecords):
     def __init__(self, login: EtcdLogin, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
         if lease_seconds < MIN_LEASE_SECONDS:
             raise SettingError("lease_seconds", lease_seconds, f"at least {MIN_LEASE_SECONDS} s")
-        self.servers = EtcdServers(login, min(MAX_ANSWER_SECONDS, lease_seconds / 3))
+        answer_seconds = max(MIN_ANSWER_SECONDS, min(lease_seconds / 3, MAX_ANSWER_SECONDS))
+        self.servers = EtcdServers(login, answer_seconds)
         self._members = _Members(self.servers, lease_seconds)
         super().__init__(self._members)
 

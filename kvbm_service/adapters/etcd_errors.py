@@ -108,4 +108,6 @@ def _why(member: Member, code: object, details: str) -> str:
         return "not in time"
     if member.tls and ("andshake" in details or "SSL" in details):
         return f"TLS failed; it may want {CERTIFICATE_SETTING}: {details}"
-    return details if member.tls else f"{details} (etcds:// in {URL_SETTING} if it speaks TLS)"
+    if not member.tls and "Socket closed" in details:
+        return f"it hangs up; if it speaks TLS, {URL_SETTING} has to say etcds://"
+    return details
