@@ -63,6 +63,16 @@ _FORBIDDEN = re.compile(r"permissions violation for publish to .?\"?([^\s\"]+)\"
 log = logging.getLogger(__name__)
 
 
+class _NotOurs(logging.Filter):
+    """Keeps out what asyncio remarks at the end of every TLS connection that nats-py has made."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("returning true from eof_received()")
+
+
+logging.getLogger("asyncio").addFilter(_NotOurs())
+
+
 class _UnfitGreeting(nats.errors.Error):
     """What a server says of itself before anything of ours is sent rules it out."""
 

@@ -1,0 +1,414 @@
+"""The shipped permissions on a real server: what each role does works, and nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import nats
+import pytest
+from nats.aio.msg import Msg
+from nats.errors import NoRespondersError
+from nats.errors import TimeoutError as NatsTimeout
+
+from kvbm_schemas.block import Tier, pack
+from kvbm_schemas.codec import Decoder, encode
+from kvbm_schemas.events import Stored
+from kvbm_schemas.records import NodeRecord
+from kvbm_schemas.requests import (
+    Acquire,
+    LeaseAnswer,
+    Leased,
+    Located,
+    Lookup,
+    Release,
+    Resync,
+    Segment,
+)
+from kvbm_schemas.step import Fetch
+from kvbm_schemas.subjects import REGISTRY_NODE
+from kvbm_service.adapters import nats_permissions
+from kvbm_service.adapters.nats_bus import NatsBus
+from kvbm_service.adapters.nats_directory import NatsDirectory
+from kvbm_service.adapters.nats_login import TlsFiles
+from kvbm_service.errors import BusUnavailable, DirectoryError, Forbidden
+from tests.security.cluster import CHAINS, SCOPE, Cluster, rank_record
+from tests.security.conftest import Kvbm
+from tests.security.patience import eventually
+from tests.security.shipped import CONFIGURATION, shipped_nats
+
+_answers: Decoder[LeaseAnswer] = Decoder(LeaseAnswer)  # type: ignore[arg-type]
+
+RECORDS = "$KV.kvbm_nodes"
+API = "$JS.API"
+FORGED = encode(Stored(epoch=1 << 62, seq=1, tier=Tier.HOST, hashes=b"f" * 16))
+
+
+@pytest.mark.parametrize("name", ["registry", "observer", "operator", "node-1", "node-2"])
+def test_the_shipped_files_are_what_the_command_prints(kvbm: Kvbm, name: str) -> None:
+    role = ["node", "--node", name] if name.startswith("node") else [name]
+    assert kvbm("permissions", *role).stdout == (CONFIGURATION / f"{name}.conf").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["node"], "--node=''"),
+        (["node", "--node", "registry"], "--node='registry'"),
+        (["node", "--node", "a.>"], "--node='a.>'"),
+        (["node", "--node", "a", "--namespace", "*"], "--namespace='*'"),
+        (["registry", "--node", "a"], "--node='a'"),
+        (["king"], "'king' is not one of"),
+    ],
+)
+def test_nobody_gets_permissions_by_a_name_that_is_none(
+    kvbm: Kvbm, arguments: Sequence[str], complaint: str
+) -> None:
+    done = kvbm("permissions", *arguments)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert done.stdout == ""
+
+
+async def test_a_cluster_lives_with_the_permissions_that_we_ship(
+    cluster: Cluster, kvbm: Kvbm
+) -> None:
+    looked_up = await cluster.ask(
+        "node-2", SCOPE.of(REGISTRY_NODE, "lookup"), Lookup(hashes=pack(CHAINS["node-1"]))
+    )
+    assert Decoder(Located).decode(looked_up).segments == (Segment("node-1", Tier.HOST, 0, 4),)
+    leased = _answers.decode(
+        await cluster.ask(
+            "node-2", SCOPE.of("node-1", "lease"), Acquire(hashes=CHAINS["node-1"][0])
+        )
+    )
+    assert isinstance(leased, Leased)
+    await (await cluster.bus("node-2")).publish(
+        SCOPE.of("node-1", "release"), encode(Release(lease=leased.lease))
+    )
+    await eventually(lambda: _pinned(cluster) == 0)
+    assert cluster.violations() == []
+    for user in ("operator", "observer"):
+        environ = cluster.shipped.environ(user)
+        listed = await asyncio.to_thread(kvbm, "ls", "--json", environ=environ)
+        assert [node["node"] for node in json.loads(listed.stdout)] == ["node-1", "node-2"]
+        found = await asyncio.to_thread(
+            kvbm, "locate", "--json", CHAINS["node-2"][0].hex(), environ=environ
+        )
+        assert "node-2" in found.stdout
+        tapped = await asyncio.to_thread(
+            kvbm, "tap", "--type", "beat", "--count", "1", environ=environ
+        )
+        assert "beat" in tapped.stdout.lower()
+        assert found.stderr == ""
+
+
+def _pinned(cluster: Cluster) -> int:
+    status = cluster.leaders["node-1"].on_core(lambda core: core.status(), ())
+    return sum(tier.pinned for tier in status)
+
+
+async def attempts(cluster: Cluster, user: str, publications: Sequence[tuple[str, bytes]]) -> None:
+    """Have `user` publish each of these, and require that the server refuses it."""
+    complaints: list[str] = []
+
+    async def complain(error: Exception) -> None:
+        complaints.append(str(error))
+
+    shipped = cluster.shipped
+    client = await nats.connect(
+        shipped.url(user), tls=TlsFiles(ca=shipped.ca).context(), error_cb=complain
+    )
+    for subject, payload in publications:
+        await client.publish(subject, payload, reply=f"_INBOX.anything.{len(subject)}")
+        await client.flush()
+        await eventually(
+            lambda subject=subject: any(f'"{subject.lower()}"' in each for each in complaints)  # type: ignore[misc]
+        )
+    await client.close()
+
+
+def forgeries(victim: str) -> list[tuple[str, bytes]]:
+    """What nobody but `victim` may say, and what nobody may say to it."""
+    record = encode(NodeRecord(node=victim, epoch=1 << 62, world_size=1, block_bytes=1))
+    life = rank_record(victim).instance
+    fetch = Fetch(
+        op=7, hashes=CHAINS[victim][0], fills=bytes(8), disk=bytes(4), host=bytes(4), instance=life
+    )
+    key = f"{RECORDS}.{SCOPE.namespace}.{SCOPE.fingerprint}.{victim}"
+    return [
+        (SCOPE.of(victim, "events"), FORGED),
+        (SCOPE.of(victim, "loads"), b""),
+        (SCOPE.of(victim, "rank-0"), encode(fetch)),
+        (SCOPE.of(victim, "snapshot"), encode(Resync())),
+        (key, record),
+        (f"{key}.0", encode(rank_record(victim))),
+        (f"_INBOX.node.{SCOPE.namespace}.{victim}.0.1", b""),
+    ]
+
+
+FOR_THE_OPERATOR = [
+    (f"{API}.STREAM.{verb}.KV_kvbm_nodes", b"{}")
+    for verb in ("CREATE", "DELETE", "PURGE", "UPDATE", "MSG.DELETE", "MSG.GET", "SNAPSHOT")
+] + [
+    (f"{API}.STREAM.CREATE.another", b"{}"),
+    (f"{API}.CONSUMER.CREATE.KV_kvbm_nodes", b"{}"),
+    (f"{API}.CONSUMER.DURABLE.CREATE.KV_kvbm_nodes.mine", b"{}"),
+    (f"{API}.CONSUMER.NAMES.KV_kvbm_nodes", b""),
+    (f"{API}.DIRECT.GET.KV_kvbm_nodes", b'{"seq":1}'),
+]
+
+
+async def test_a_node_speaks_for_no_other(cluster: Cluster) -> None:
+    before = cluster.state()
+    await attempts(cluster, "node-2", [*forgeries("node-1"), *FOR_THE_OPERATOR])
+    await attempts(
+        cluster,
+        "node-2",
+        [
+            (SCOPE.of(REGISTRY_NODE, "locate"), b""),
+            ("kvbm.other.0123456789abcdef.node-2.events", FORGED),
+            ("kvbm.other.0123456789abcdef.registry.lookup", b""),
+            (f"{RECORDS}.other.0123456789abcdef.node-2", b""),
+            ("_INBOX.registry.0.1", b""),
+            ("_INBOX.command.0.1", b""),
+            ("anything.else", b""),
+        ],
+    )
+    assert cluster.state() == before
+
+
+async def test_an_observer_publishes_nothing(cluster: Cluster) -> None:
+    before = cluster.state()
+    told = [*forgeries("node-1"), *FOR_THE_OPERATOR]
+    told += [
+        (SCOPE.of("node-1", "lease"), encode(Acquire(hashes=CHAINS["node-1"][0]))),
+        (SCOPE.of("node-1", "release"), encode(Release(lease="0" * 32))),
+        (SCOPE.of(REGISTRY_NODE, "lookup"), b""),
+    ]
+    await attempts(cluster, "observer", told)
+    assert cluster.state() == before
+
+
+async def test_a_registry_and_an_operator_speak_for_no_node(cluster: Cluster) -> None:
+    before = cluster.state()
+    told = [each for each in forgeries("node-1") if not each[0].endswith("snapshot")]
+    await attempts(cluster, "registry", [*told, *FOR_THE_OPERATOR])
+    await attempts(cluster, "operator", forgeries("node-1"))
+    assert cluster.state() == before
+
+
+@pytest.mark.parametrize(
+    ("user", "subject"),
+    [
+        ("node-2", "kvbm.>"),
+        ("node-2", "kvbm.*.*.*.events"),
+        ("node-2", SCOPE.of("node-1", "lease")),
+        ("node-2", SCOPE.of("node-1", "release")),
+        ("node-2", SCOPE.of(REGISTRY_NODE, "lookup")),
+        ("node-2", "_INBOX.>"),
+        ("node-2", "_INBOX.*.*.*.>"),
+        ("node-2", "_INBOX.node.default.node-1.>"),
+        ("node-2", "_INBOX.registry.>"),
+        ("node-2", "$KV.>"),
+        ("node-2", "$JS.>"),
+        ("node-2", ">"),
+        ("registry", SCOPE.of("node-1", "lease")),
+        ("registry", "_INBOX.node.>"),
+        ("registry", SCOPE.of(REGISTRY_NODE, "lookup")),
+        ("observer", "_INBOX.>"),
+        ("observer", "_INBOX.registry.>"),
+        ("observer", "$KV.>"),
+        ("observer", "kvbm.*.*.*.release"),
+        ("operator", "_INBOX.node.>"),
+        ("operator", ">"),
+    ],
+)
+def test_what_is_not_for_a_role_is_not_in_its_permissions(user: str, subject: str) -> None:
+    role = {
+        "registry": nats_permissions.registry(),
+        "observer": nats_permissions.observer(),
+        "operator": nats_permissions.operator(),
+    }.get(user, nats_permissions.node("default", user))
+    assert not any(_covers(allowed, subject) for allowed in role.subscribe) or any(
+        _covers(denied, subject) for denied in role.deaf_to
+    )
+
+
+def _covers(pattern: str, subject: str) -> bool:
+    """Whether every subject that `subject` may stand for is one of `pattern`."""
+    allowed, asked = pattern.split("."), subject.split(".")
+    if " " in pattern:
+        return False  # only as one of a queue group
+    for index, token in enumerate(allowed):
+        if token == ">":
+            return len(asked) > index
+        if index >= len(asked) or asked[index] == ">" or token not in ("*", asked[index]):
+            return False
+    return len(allowed) == len(asked)
+
+
+async def test_nobody_listens_to_what_is_for_others(cluster: Cluster) -> None:
+    complaints: list[str] = []
+
+    async def complain(error: Exception) -> None:
+        complaints.append(str(error))
+
+    shipped = cluster.shipped
+    for user, subject in [
+        ("node-2", "kvbm.>"),
+        ("node-2", SCOPE.of("node-1", "lease")),
+        ("node-2", SCOPE.of(REGISTRY_NODE, "lookup")),
+        ("node-2", "_INBOX.node.default.node-1.>"),
+        ("node-2", "$KV.>"),
+        ("registry", SCOPE.of(REGISTRY_NODE, "lookup")),
+        ("observer", "_INBOX.>"),
+        ("observer", "kvbm.*.*.*.release"),
+    ]:
+        client = await nats.connect(
+            shipped.url(user), tls=TlsFiles(ca=shipped.ca).context(), error_cb=complain
+        )
+        complaints.clear()
+        await client.subscribe(subject)
+        await client.flush()
+        await eventually(lambda: complaints)
+        assert "permissions violation for subscription" in complaints[0]
+        await client.close()
+
+
+async def test_an_observer_learns_no_lease_and_no_way_into_memory(cluster: Cluster) -> None:
+    bus = await cluster.bus("observer")
+    heard: list[tuple[str, bytes]] = []
+
+    async def hear(delivery: object) -> None:
+        heard.append((delivery.subject, delivery.payload))  # type: ignore[attr-defined]
+
+    await bus.subscribe("kvbm.>", hear)
+    subject = SCOPE.of("node-1", "lease")
+    leased = _answers.decode(
+        await cluster.ask("node-2", subject, Acquire(hashes=CHAINS["node-1"][0]))
+    )
+    assert isinstance(leased, Leased)
+    node = await cluster.bus("node-2")
+    await node.publish(SCOPE.of("node-1", "release"), encode(Release(lease=leased.lease)))
+    await eventually(lambda: _pinned(cluster) == 0)
+    await eventually(lambda: len([said for said, _ in heard if said.endswith("events")]) > 3)
+    assert subject in [said for said, _ in heard]
+    assert not any(leased.lease.encode() in payload for _, payload in heard)
+    directory = NatsDirectory(bus)
+    keys = [entry.key for entry in await directory.entries()]
+    assert sorted(key.split(".")[2:] for key in keys) == [["node-1"], ["node-2"]]
+    everything = NatsDirectory(node)
+    assert len(await everything.entries("default.")) == 4
+
+
+async def test_a_node_of_one_namespace_sees_nothing_of_another(cluster: Cluster) -> None:
+    stranger = NatsDirectory(await cluster.bus("node-2"))
+    for prefix in ("", "other.", "defaul"):
+        with pytest.raises(DirectoryError, match="not for us"):
+            await stranger.entries(prefix)
+    with pytest.raises(Forbidden):
+        await cluster.ask("node-2", "kvbm.other.x.registry.lookup", Lookup(hashes=b""))
+    client = (await cluster.bus("node-2")).client
+    with pytest.raises(NatsTimeout):
+        await client.request(
+            f"{API}.DIRECT.GET.KV_kvbm_nodes.{RECORDS}.other.x.node-9", timeout=0.5
+        )
+    with pytest.raises(NoRespondersError):
+        await client.request("kvbm.default.x.node-9.lease", timeout=0.5)
+
+
+async def test_a_rollup_does_not_remove_what_others_have_written(cluster: Cluster) -> None:
+    client = (await cluster.bus("node-2")).client
+    mine = f"{RECORDS}.{SCOPE.namespace}.0000000000000000.node-2"
+    answer = await client.request(mine, b"x", timeout=5.0, headers={"Nats-Rollup": "all"})
+    assert "rollup not permitted" in json.loads(answer.data)["error"]["description"]
+    directory = NatsDirectory(await cluster.bus("node-1"))
+    assert len(await directory.entries("default.")) == 4
+
+
+async def test_a_question_does_not_make_its_answerer_speak_for_the_asker(cluster: Cluster) -> None:
+    client = (await cluster.bus("node-2")).client
+    key = f"{RECORDS}.{SCOPE.namespace}.{SCOPE.fingerprint}.node-1"
+    before = cluster.state()
+    questions = (
+        (SCOPE.of("node-1", "lease"), Acquire(hashes=b"0" * 16)),
+        (SCOPE.of("node-1", "rank-0"), Resync()),
+        (SCOPE.of(REGISTRY_NODE, "lookup"), Lookup(hashes=b"")),
+    )
+    for reply in (key, SCOPE.of("node-1", "events"), SCOPE.of("node-1", "rank-0")):
+        for subject, question in questions:
+            await client.publish(subject, encode(question), reply=reply)
+    subject, acquire = SCOPE.of("node-1", "lease"), Acquire(hashes=b"0" * 16)
+    assert await cluster.ask("node-2", subject, acquire)  # comes after them
+    assert cluster.state() == before
+    entries = await NatsDirectory(await cluster.bus("node-1")).entries(f"{SCOPE.namespace}.")
+    assert len(entries) == 4
+    assert not any(b"refused" in entry.value for entry in entries)
+
+
+async def test_a_consumer_that_delivers_to_others_convinces_nobody(cluster: Cluster) -> None:
+    """JetStream sends what a consumer delivers wherever its maker says, past all permissions."""
+    client = (await cluster.bus("node-2")).client
+    # It delivers where somebody listens without wildcards, as registries do not.
+    observer = (await cluster.bus("observer")).client
+    heard: list[str] = []
+
+    async def hear(message: Msg) -> None:
+        heard.append(message.subject)
+
+    await observer.subscribe(SCOPE.of("node-1", "events"), cb=hear)
+    await observer.flush()
+    before = cluster.state()
+    mine = f"{RECORDS}.{SCOPE.namespace}.{SCOPE.fingerprint}.node-2.7"
+    victims = (
+        (SCOPE.of("node-1", "events"), FORGED),
+        (SCOPE.of("node-1", "lease"), encode(Acquire(hashes=CHAINS["node-1"][0]))),
+        (SCOPE.of("node-1", "rank-0"), dict(forgeries("node-1"))[SCOPE.of("node-1", "rank-0")]),
+    )
+    rejected = cluster.registry.status().counts.malformed
+    for number, (victim, payload) in enumerate(victims):
+        config = {
+            "name": f"mine-{number}",
+            "deliver_subject": victim,
+            "deliver_policy": "last",
+            "filter_subject": mine,
+            "ack_policy": "none",
+        }
+        request = {"stream_name": "KV_kvbm_nodes", "config": config}
+        await client.request(mine, payload, timeout=5.0)
+        answer = await client.request(
+            f"{API}.CONSUMER.CREATE.KV_kvbm_nodes.mine-{number}.{mine}",
+            json.dumps(request).encode(),
+            timeout=5.0,
+        )
+        assert "error" not in json.loads(answer.data), answer.data
+    await eventually(lambda: mine in heard)
+    await eventually(lambda: cluster.registry.status().counts.malformed > rejected)
+    subject, acquire = SCOPE.of("node-1", "lease"), Acquire(hashes=b"0" * 16)
+    assert await cluster.ask("node-2", subject, acquire)
+    assert cluster.state() == before
+
+
+async def test_without_credentials_nothing_connects_and_the_command_says_what_to_set(
+    tmp_path: Path, kvbm: Kvbm
+) -> None:
+    with shipped_nats(tmp_path) as shipped:
+        for url in (shipped.server.url(), shipped.server.url("node-1:wrong")):
+            with pytest.raises(BusUnavailable, match="refuses us"):
+                await NatsBus.connect(url, tls=TlsFiles(ca=shipped.ca))
+        environ = {"KVBM_NATS_URL": shipped.server.url(), "KVBM_NATS_CA": shipped.ca}
+        for command in (["ls"], ["tap"], ["locate", "0" * 32], ["registry"]):
+            done = await asyncio.to_thread(kvbm, *command, environ=environ)
+            assert done.returncode == 1
+            assert "set user and password in KVBM_NATS_URL" in done.stderr
+            assert "KVBM_NATS_CREDENTIALS" in done.stderr
+
+
+async def test_who_may_not_make_the_bucket_says_who_has_to(tmp_path: Path, kvbm: Kvbm) -> None:
+    with shipped_nats(tmp_path) as shipped:
+        done = await asyncio.to_thread(kvbm, "ls", environ=shipped.environ("observer"))
+        assert done.returncode == 1
+        assert "with the operator's credentials" in done.stderr
