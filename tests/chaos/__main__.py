@@ -6,7 +6,6 @@ import argparse
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 from rich.console import Console
@@ -17,15 +16,16 @@ from tests.chaos.fault import FAULTS
 from tests.chaos.load import Load
 from tests.chaos.report import last_line, passed, show
 from tests.chaos.schedule import schedule
-from tests.chaos.trial import Result, cards, suffer
+from tests.chaos.trial import Result, cards, play
 
 ROOT = Path(__file__).parents[2]
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 EXAMPLES = """\
 examples:
   python -m tests.chaos                        two minutes
   python -m tests.chaos --seconds 600 --seed 7
-  python -m tests.chaos --only "NATS killed"   a round each, of this kind of fault alone
-  python -m tests.chaos --seed 7 --dry 20      the first 20 rounds of that schedule, unplayed
+  python -m tests.chaos --only "NATS killed"   no other kind of fault
 
 kinds of faults:
 """ + "\n".join(f"  {fault.name}" for fault in FAULTS)
@@ -57,36 +57,24 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     shutil.rmtree(chosen.logs, ignore_errors=True)
     model = make_model(ROOT / "build" / "models" / "tiny")
-    result = Result()
+    result, ended_early = Result(), False
     try:
-        with Arena(model, chosen.logs, console.print) as arena:
+        with Arena(model, chosen.logs, console.out) as arena:
             kinds = [c for c in cards(arena) if not chosen.only or c.kind in chosen.only]
             for card in kinds:
                 if not card.victims:
-                    console.print(f"left out, for nobody here can be struck: {card.kind}")
+                    console.out(f"left out, for nobody here can be struck: {card.kind}")
             with Load(list(arena.members.values()), arena.talks, chosen.seed) as load:
-                began = time.monotonic()
-                for number, faults in enumerate(schedule(chosen.seed, kinds), 1):
-                    if time.monotonic() - began > chosen.seconds:
-                        break
-                    console.print(
-                        f"\n{time.monotonic() - began:.0f} s, round {number} of seed {chosen.seed}"
-                    )
-                    for plan in faults:
-                        console.print(f"  {plan}", highlight=False)
-                    outcome = suffer(arena, load, faults)
+                rounds = schedule(chosen.seed, kinds)
+                for outcome in play(arena, load, rounds, chosen.seconds, console.out):
                     result.add(outcome)
-                    console.print(
-                        f"  {outcome.requests} requests, "
-                        f"all agree again after {outcome.heal_seconds_max:.1f} s",
-                        highlight=False,
-                    )
-                    for problem in outcome.problems:
-                        console.print(f"  [red]{problem}", highlight=False)
     except KeyboardInterrupt:
-        console.print("\nended early")
+        ended_early = True
+        console.out("ended early")
     show(result, console)
     print(last_line(result))
+    if ended_early:
+        return INTERRUPTED
     return 0 if passed(result) else 1
 
 

@@ -15,6 +15,8 @@ from tests.chaos.member import Member
 from tests.chaos.questions import ANSWER_TOKENS, SALTS, Conversation, Question
 
 THREADS_PER_MEMBER = 2
+THINKING_SECONDS = 0.1
+"""At most, before each question: what else runs on this machine needs its share, too."""
 ABORTED_SHARE = 0.1
 LONG_ANSWER_TOKENS = 64
 ABORTED_WITHIN_SECONDS = 0.3
@@ -88,6 +90,7 @@ class Load:
             for question in talk:
                 if not (self._wanted.is_set() and member.wait_up(LOOK_SECONDS)):
                     break
+                time.sleep(chooser.uniform(0, THINKING_SECONDS))
                 if chooser.random() < ABORTED_SHARE:
                     self._note(self._abort(member, question, salt, chooser))
                 else:

@@ -12,12 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvbm_schemas.events import Beat
 from kvbm_service.demo.engine import Engine, EngineFailed, EngineOptions
 from kvbm_service.demo.process_group import members
 from tests.chaos.passage import Passage
 from tests.chaos.wall_clock import WallClock
 from tests.integration.node import Node
 from tests.integration.witness import Witness
+
+LOOK_SECONDS = 0.05
 
 LEADER, WORKER = "VLLM::EngineCore", "VLLM::Worker"
 
@@ -117,9 +120,13 @@ class Member:
         engine = self.engine
         try:
             engine.wait_ready()
-            Node(engine, self._witness).wait_joined()
-        except (EngineFailed, AssertionError):
+        except EngineFailed:
             return  # `up` stays what it is, and whoever waits for it says so
+        report = self._witness.listen()
+        while not report.of(Beat, self.name):
+            if not engine.alive:
+                return
+            time.sleep(LOOK_SECONDS)
         with self._lock:
             for halt in self._halts:
                 halt.ended = min(halt.ended, time.monotonic())

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvbm_service.demo.engine import EngineFailed
@@ -85,6 +85,29 @@ def cards(arena: Arena) -> list[Card]:
         Card(f.name, f.victims(arena), f.shortest_seconds, f.longest_seconds, f.restarts)
         for f in FAULTS
     ]
+
+
+def play(
+    arena: Arena,
+    load: Load,
+    rounds: Iterable[Round],
+    seconds: float,
+    say: Callable[[str], object],
+) -> Iterator[Result]:
+    """Play rounds until the time is over, and tell of each as it goes."""
+    began = time.monotonic()
+    for number, faults in enumerate(rounds, 1):
+        if time.monotonic() - began > seconds:
+            return
+        say(f"{time.monotonic() - began:.0f} s, round {number}")
+        for plan in faults:
+            say(f"  {plan}")
+        result = suffer(arena, load, faults)
+        healed = f"all agree again after {result.heal_seconds_max:.1f} s"
+        say(f"  {result.requests} requests, {healed}")
+        for problem in result.problems:
+            say(f"  {problem}")
+        yield result
 
 
 def suffer(arena: Arena, load: Load, faults: Round) -> Result:

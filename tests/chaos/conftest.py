@@ -1,0 +1,26 @@
+"""One arena for all tests of this folder: its engines start slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvbm_service.demo.model import make_model
+from tests.chaos.arena import Arena
+from tests.chaos.load import Load
+
+MODEL = Path(__file__).parents[2] / "build" / "models" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    with Arena(make_model(MODEL), tmp_path_factory.mktemp("chaos"), print) as arena:
+        yield arena
+
+
+@pytest.fixture(scope="session")
+def load(arena: Arena) -> Iterator[Load]:
+    with Load(list(arena.members.values()), arena.talks) as load:
+        yield load
