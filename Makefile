@@ -9,7 +9,7 @@ OLDER_VLLM := 0.29.0 0.31.0
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-older test test-vllm-older check lint demo bench clean
+.PHONY: help venv venv-older test test-vllm-older check lint demo bench chaos clean
 
 help:  ## show this list
 	@echo "kvbm-service: a distributed KV-block cache for LLM engines"
@@ -23,27 +23,15 @@ venv-older:  ## set up the older vLLM releases beside it
 	@$(if $(PYTHON),,$(error Python 3.11 to 3.14 is needed, and none was found: install one, or name it with PYTHON=))
 	@$(PYTHON) deploy/dev/environment.py --older $(OLDER_VLLM)
 
-test: venv-older programs  ## run every test that needs no GPU, on all vLLM releases (TESTS=path: only those)
-	@status=0; \
-	$(if $(TESTS),,$(MAKE) --no-print-directory run-older || status=1;) \
-	echo "tests on this release of vLLM"; \
-	$(BIN)/python -m pytest $(TESTS) || status=1; \
-	exit $$status
+test: venv programs  ## run every test that needs no GPU, on all vLLM releases (TESTS=path: only those)
+	@$(BIN)/python $(if $(TESTS),-m pytest $(TESTS),deploy/dev/lanes.py --older $(OLDER_VLLM))
 
-test-vllm-older: venv-older run-older  ## run the connector's tests on older vLLM releases
+test-vllm-older: venv  ## run the connector's tests on older vLLM releases
+	@$(BIN)/python deploy/dev/lanes.py --older $(OLDER_VLLM) --only-older
 
 .PHONY: programs
 programs:
 	@$(PYTHON) deploy/dev/programs.py || true
-
-.PHONY: run-older
-run-older:
-	@status=0; \
-	for release in $(OLDER_VLLM); do \
-		echo "connector's tests on vLLM $$release"; \
-		PYTHONPATH=$(CURDIR)/.venvs/vllm-$$release $(BIN)/python -m pytest tests/connectors || status=1; \
-	done; \
-	exit $$status
 
 lint: venv  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .
@@ -54,6 +42,9 @@ check: lint test  ## lint, then test: what has to pass before a commit
 
 demo: venv  ## two vLLM engines share a prompt's KV blocks
 	@$(BIN)/kvbm demo
+
+chaos: venv programs  ## faults at random under load (SECONDS=120 SEED=1; `python -m tests.chaos --help` says more)
+	@$(BIN)/python -m tests.chaos --seconds $(or $(SECONDS),120) --seed $(or $(SEED),1)
 
 bench: venv  ## every figure beside its yardstick; writes build/bench.json
 	@$(BIN)/kvbm bench

