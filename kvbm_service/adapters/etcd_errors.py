@@ -100,14 +100,17 @@ _REASONS = (
 )
 
 
+_HANGS_UP = ("Socket closed", "reset by peer", "Unwrap failed", "handshake failed")
+
+
 def _why(member: Member, code: object, details: str) -> str:
     for words, reason in _REASONS:
         if words in details:
             return reason
     if code is _Code.DEADLINE_EXCEEDED:
         return "not in time"
-    if member.tls and ("andshake" in details or "SSL" in details):
-        return f"TLS failed; it may want {CERTIFICATE_SETTING}: {details}"
-    if not member.tls and "Socket closed" in details:
-        return f"it hangs up; if it speaks TLS, {URL_SETTING} has to say etcds://"
-    return details
+    if not any(words in details for words in _HANGS_UP):
+        return details
+    if member.tls:
+        return f"it hangs up; it may want another {CERTIFICATE_SETTING} ({details})"
+    return f"it hangs up; if it speaks TLS, {URL_SETTING} has to say etcds://"

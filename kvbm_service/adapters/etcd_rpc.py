@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 
-# Read by gRPC when it is imported: it would write to stderr itself whenever a handshake fails.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# Read by gRPC when it is imported: it would write to stderr whenever a TLS handshake fails.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 from aetcd import rpc
