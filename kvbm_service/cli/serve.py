@@ -7,10 +7,11 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 from kvbm_schemas.codec import encode
@@ -21,12 +22,14 @@ from kvbm_service.cli.connection import open_network
 from kvbm_service.cli.options import Credentials, NatsUrl, read_settings
 from kvbm_service.cli.readable import size
 from kvbm_service.cli.running import log_as_a_service, run, status_line
-from kvbm_service.errors import BusError, PortTaken
+from kvbm_service.errors import BusError, KvbmError, PortTaken
 from kvbm_service.network import connect_bus
 from kvbm_service.setting_kind import mask_urls
 from kvbm_service.settings import Settings
 
 if TYPE_CHECKING:
+    from kvbm_service.adapters.embedded_server import EmbeddedServer
+    from kvbm_service.adapters.etcd_server import EmbeddedEtcd
     from kvbm_service.adapters.nats_server import EmbeddedNats
     from kvbm_service.registry_service import RegistryStatus
 
@@ -57,9 +60,12 @@ def up(
         typer.Option(
             metavar="DIR",
             file_okay=False,
-            help="State of NATS. Default: ~/.local/state/kvbm.",
+            help="State of NATS and etcd. Default: ~/.local/state/kvbm.",
         ),
     ] = None,
+    etcd: Annotated[
+        bool, typer.Option("--etcd", help="Run etcd, too, and let it be the directory.")
+    ] = False,
     nats_url: NatsUrl = None,
     credentials: Credentials = None,
 ) -> None:
@@ -71,41 +77,59 @@ def up(
     Examples:
       kvbm up
       kvbm up --port 0 --state-dir /var/lib/kvbm
+      kvbm up --etcd
       kvbm up --nats-url nats://10.0.0.1:4222
     """
-    if nats_url and (port is not None or state_dir is not None):
-        option = "--port" if port is not None else "--state-dir"
-        raise typer.BadParameter(f"with --nats-url no server is started; leave out {option}.")
+    options = {"--port": port is not None, "--state-dir": state_dir is not None, "--etcd": etcd}
+    given = [option for option, is_given in options.items() if is_given]
+    if nats_url and given:
+        raise typer.BadParameter(f"with --nats-url no server is started; leave out {given[0]}.")
     log_as_a_service()
     if nats_url:
         run(_up_beside(read_settings(nats_url, credentials)))
     else:
-        run(_up(DEFAULT_PORT if port is None else port, state_dir, credentials))
+        run(_up(DEFAULT_PORT if port is None else port, state_dir, credentials, with_etcd=etcd))
 
 
 async def _up_beside(settings: Settings) -> None:
-    _tell_how_to_connect(settings.nats_url)
+    _tell_how_to_connect(settings)
     await _serve_registry(settings)
 
 
-async def _up(port: int, state_dir: Path | None, credentials: str | None) -> None:
-    async with _embedded(port, state_dir or _default_state_dir(port)) as server:
-        _tell_how_to_connect(server.url)
+async def _up(
+    port: int, state_dir: Path | None, credentials: str | None, *, with_etcd: bool
+) -> None:
+    state_dir = state_dir or _default_state_dir(port)
+    with contextlib.ExitStack() as servers:
+        nats = servers.enter_context(_embedded_nats(port, state_dir))
+        settings = read_settings(nats.url, credentials)
+        running: list[EmbeddedServer] = [nats]
+        if with_etcd:
+            etcd = servers.enter_context(_embedded_etcd(state_dir))
+            settings = msgspec.structs.replace(settings, directory_url=etcd.url)
+            running.append(etcd)
+        _tell_how_to_connect(settings)
 
         def look() -> None:
-            if server.pid is None:
-                raise BusError("nats-server has ended; start `kvbm up` again")
+            for server in running:
+                if server.pid is None:
+                    raise KvbmError(f"{server.NAME} has ended; start `kvbm up` again")
 
-        await _serve_registry(read_settings(server.url, credentials), look)
+        await _serve_registry(settings, look)
 
 
-@contextlib.asynccontextmanager
-async def _embedded(port: int, state_dir: Path | None) -> AsyncIterator[EmbeddedNats]:
+def _embedded_etcd(state_dir: Path | None) -> EmbeddedEtcd:
+    from kvbm_service.adapters.etcd_server import EmbeddedEtcd
+
+    return EmbeddedEtcd(store_dir=state_dir / "etcd" if state_dir else None)
+
+
+@contextlib.contextmanager
+def _embedded_nats(port: int, state_dir: Path | None) -> Iterator[EmbeddedNats]:
     from kvbm_service.adapters.nats_server import EmbeddedNats
 
     server = EmbeddedNats(port, state_dir)
     try:
-        # On this very thread: the server ends with the thread that starts it.
         try:
             server.start()
         except PortTaken:
@@ -126,9 +150,11 @@ def _default_state_dir(port: int) -> Path | None:
     return Path(state) / "kvbm" / f"nats-{port}"
 
 
-def _tell_how_to_connect(url: str) -> None:
-    typer.echo(f"NATS is at {mask_urls(url)}. Engines and the other commands find it with:")
-    typer.echo(f"\n  export KVBM_NATS_URL={mask_urls(url)}\n")
+def _tell_how_to_connect(settings: Settings) -> None:
+    nats, directory = mask_urls(settings.nats_url), mask_urls(settings.directory_url)
+    typer.echo(f"NATS is at {nats}. Engines and the other commands find it with:")
+    typer.echo(f"\n  export KVBM_NATS_URL={nats}")
+    typer.echo(f"  export KVBM_DIRECTORY_URL={directory}\n" if directory else "")
     typer.echo("Ctrl-C ends.")
     sys.stdout.flush()
 
