@@ -71,6 +71,7 @@ class LeaderService:
         self._engine_events: list[BlockEvent] = []
         self._keep_engine_events = engine_wants_events
         self.metrics = Metrics(block_tokens, settings.cache_stats_max_requests)
+        self.metrics.watch_rejected(lambda: self.rejected)
         self._said_rates = self.metrics.hit_rates()
         self._metrics_server: metrics_server.MetricsServer | None = None
         self._survivors: dict[int, tuple[Survivors, ...]] = {}
@@ -248,9 +249,7 @@ class LeaderService:
         """Save blocks that the coming step computes; see `Leader.store`."""
         nothing: tuple[int, list[int]] = (len(chain), [])
         return self._with_core(
-            lambda core: core.store(
-                chain, device_blocks, request=request, after=after
-            ),
+            lambda core: core.store(chain, device_blocks, request=request, after=after),
             nothing,
         )
 

@@ -121,6 +121,7 @@ class Metrics(Collector):
         self._disk_works: bool | None = None
         self._read_tiers: Callable[[], Sequence[TierStatus]] = tuple
         self._read_evicted: Callable[[], Mapping[Tier, int]] = dict
+        self._read_rejected: Callable[[], int] = int
 
     # -- feeding -----------------------------------------------------------------------------
 
@@ -153,6 +154,10 @@ class Metrics(Collector):
         so far, whenever someone wants the metrics. Called on a thread of their own.
         """
         self._read_tiers, self._read_evicted = read, read_evicted
+
+    def watch_rejected(self, read: Callable[[], int]) -> None:
+        """Ask `read` how many messages made no sense so far, like `watch_tiers`."""
+        self._read_rejected = read
 
     def hit_rates(self) -> HitRates:
         """The shares of the last requests' blocks that were found, by tier; 0 before any."""
@@ -283,6 +288,12 @@ class Metrics(Collector):
             "Blocks that were not kept or lent, by reason; `filter` is the offload filter",
             ("reason",),
             (((reason,), blocks) for reason, blocks in refused.items()),
+        )
+
+        yield _counter(
+            "kvbm_rejected_messages",
+            "Messages over NATS that were not what their subject carries, or out of bounds",
+            self._read_rejected(),
         )
 
     def _tiers(self) -> Iterator[Metric]:
