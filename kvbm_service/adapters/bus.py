@@ -1,6 +1,6 @@
 """The bus port: publish, subscribe, request.
 
-Delivery is at most once, in order per subscription while connected; loss is what
+Delivery is at most once, in order per subject while connected; loss is what
 (epoch, seq) is there to notice. Handlers run on the bus's event loop, one message at a time
 per subscription; an exception in one is logged and does not end the subscription.
 """

@@ -5,33 +5,60 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kvbm_schemas.subjects import INBOXES
 from kvbm_service.adapters.background import Background
 from kvbm_service.adapters.bus import Delivery, Handler, Troubles
+from kvbm_service.adapters.lines import Lines
 from kvbm_service.errors import BusError, NoAnswer
 
 MAX_WAITING_MESSAGES = 65_536
 """Messages that may wait for one handler. Further ones are dropped and counted."""
 MAX_WAITING_BYTES = 64 << 20
 """Bytes that may wait for one handler, likewise."""
+MAX_SHARE_OF_ONE = 0.125
+"""Of both, what one subject may have where a subscription has many."""
+TURN_SECONDS = 0.001
+"""How long a flood is taken in before other tasks get a turn."""
 MAX_WAITING_ANSWERS = 4_096
 """Answers that may wait for one asker, likewise."""
 
 log = logging.getLogger(__name__)
 
 
+class Turn:
+    """How long one task has had its loop for itself: many messages are no reason to keep it."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Others have just had theirs."""
+        self._ends_at = time.monotonic() + TURN_SECONDS
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is time to let others go on."""
+        return time.monotonic() >= self._ends_at
+
+
 class Mailbox:
-    """One subscription's messages on their way to its handler: in order, one at a time."""
+    """One subscription's messages on their way to its handler: one at a time.
+
+    Those on one subject come in order; where they come on many, each subject has its turn, so
+    that whoever floods one delays and loses nothing that comes on the others.
+    """
 
     def __init__(self, subject: str, handler: Handler, troubles: Troubles) -> None:
         self._subject = subject
         self._handler = handler
         self._troubles = troubles
-        self._waiting: asyncio.Queue[Delivery] = asyncio.Queue(MAX_WAITING_MESSAGES)
-        self._waiting_bytes = 0
+        share = MAX_SHARE_OF_ONE if subject.endswith(">") or "*" in subject else 1.0
+        self._waiting: Lines[Delivery] = Lines(MAX_WAITING_MESSAGES, MAX_WAITING_BYTES, share)
+        self._arrived = asyncio.Event()
         self._dropping = False
         self._closed = False
         self._work = Background(self._handle_all(), f"handler of {subject}")
@@ -44,12 +71,10 @@ class Mailbox:
             # Whoever asks chooses where the answer goes, and a server lets us answer anywhere:
             # answered elsewhere, a question would have us publish what only we may publish.
             delivery = delivery._replace(reply="")
-        size = len(delivery.payload)
-        if self._waiting.full() or self._waiting_bytes + size > MAX_WAITING_BYTES:
+        if self._waiting.put(delivery.subject, delivery, len(delivery.payload)):
+            self._arrived.set()
+        else:
             self._drop()
-            return
-        self._waiting_bytes += size
-        self._waiting.put_nowait(delivery)
 
     async def close(self) -> None:
         """Drop what waits, and stop the handler unless this is called from within it."""
@@ -57,16 +82,23 @@ class Mailbox:
         await self._work.end()
 
     async def _handle_all(self) -> None:
+        turn = Turn()
         while not self._closed:
-            delivery = await self._waiting.get()
-            self._waiting_bytes -= len(delivery.payload)
-            if self._waiting.empty():
+            if not self._waiting:
                 self._dropping = False
+                self._arrived.clear()
+                await self._arrived.wait()
+                turn.begin()
+                continue
+            delivery = self._waiting.take()
             try:
                 await self._handler(delivery)
             except Exception:  # the one place where handlers are supervised
                 self._troubles.errors += 1
                 log.exception("handler of %s failed on %s", self._subject, delivery.subject)
+            if turn.is_over:
+                await asyncio.sleep(0)
+                turn.begin()
 
     def _drop(self) -> None:
         self._troubles.dropped += 1

@@ -25,7 +25,7 @@ from nats.aio.subscription import Subscription as ClientSubscription
 from kvbm_schemas.subjects import COMMAND_INBOX
 from kvbm_service.adapters.background import Background
 from kvbm_service.adapters.bus import Delivery, Handler, OnConnection, Troubles
-from kvbm_service.adapters.mailbox import Mailbox, Questions
+from kvbm_service.adapters.mailbox import Mailbox, Questions, Turn
 from kvbm_service.adapters.nats_login import (
     CA_SETTING,
     CERTIFICATE_SETTING,
@@ -83,11 +83,22 @@ class _UnfitGreeting(nats.errors.Error):
 
 
 class _Client(Client):
-    """nats-py's client, which by itself encrypts only if the server's greeting says so."""
+    """nats-py's client, which by itself encrypts only if the server's greeting says so.
+
+    And which, by itself, would keep the loop for as long as messages come.
+    """
 
     def __init__(self, login: Login) -> None:
         super().__init__()
         self._login = login
+        self._turn = Turn()
+
+    async def _process_msg(self, *message: Any) -> None:
+        # nats-py parses all that has arrived before anyone else gets a turn.
+        await super()._process_msg(*message)
+        if self._turn.is_over:
+            await asyncio.sleep(0)
+            self._turn.begin()
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         if initial_connection:
