@@ -43,6 +43,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=120, help="begin no round after that")
     parser.add_argument("--seed", type=int, default=1, help="of the schedule and of the load")
+    parser.add_argument(
+        "--directory", choices=("nats", "etcd"), default="nats", help="where the nodes meet"
+    )
     parser.add_argument("--only", action="append", metavar="KIND", help="no other kind of fault")
     parser.add_argument(
         "--logs", type=Path, default=ROOT / "build" / "chaos" / "logs", help="replaced at start"
@@ -57,9 +60,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     shutil.rmtree(chosen.logs, ignore_errors=True)
     model = make_model(ROOT / "build" / "models" / "tiny")
+    on_etcd = chosen.directory == "etcd"
     result, ended_early = Result(), False
     try:
-        with Arena(model, chosen.logs, console.out) as arena:
+        with Arena(model, chosen.logs, console.out, on_etcd=on_etcd) as arena:
             kinds = [c for c in cards(arena) if not chosen.only or c.kind in chosen.only]
             for card in kinds:
                 if not card.victims:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +14,12 @@ from typing import NamedTuple, Self
 from kvbm_schemas.block import unpack
 from kvbm_schemas.events import Stored
 from kvbm_schemas.subjects import Scope
+from kvbm_service.adapters.embedded_server import EmbeddedServer
+from kvbm_service.adapters.etcd_server import EmbeddedEtcd, etcd_binary
 from kvbm_service.adapters.nats_server import EmbeddedNats
 from kvbm_service.demo.engine import Engine, EngineOptions, share_cores
 from kvbm_service.demo.model import SHAPES
+from kvbm_service.errors import DirectoryError
 from tests.chaos.judges import LOOKUP_SECONDS, STAGING_SECONDS, TRANSFER_SECONDS, untruth
 from tests.chaos.member import Member
 from tests.chaos.passage import Passages
@@ -58,10 +60,20 @@ NODES = (Kind("ann"), Kind("bob", disk=True), Kind("wim", ranks=2, disk=True))
 """Ann and Bob share blocks. Wim has two ranks, and so other blocks, which he keeps to himself."""
 
 
+def has_etcd() -> bool:
+    """Whether there is an etcd to be run here."""
+    with contextlib.suppress(DirectoryError):
+        return etcd_binary().exists()
+    return False
+
+
 class Arena:
     """Everything that can be struck. A context manager: at its end no process is left."""
 
-    def __init__(self, model: Path, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, model: Path, folder: Path, say: Callable[[str], None], *, on_etcd: bool = False
+    ) -> None:
+        """`on_etcd`: members meet in an etcd of the arena's own, rather than in NATS."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.talks: Sequence[Conversation] = ()
@@ -71,6 +83,8 @@ class Arena:
         """Of each node."""
         self._model = model
         self._say = say
+        self.nats = EmbeddedNats(store_dir=folder / "nats")
+        self.etcd = EmbeddedEtcd(store_dir=folder / "etcd") if on_etcd else None
         self._ending = ExitStack()
         self._heard: set[bytes] = set()
         self._heard_until = 0
@@ -87,15 +101,16 @@ class Arena:
     def _prepare(self, stack: ExitStack) -> None:
         self._say("starting NATS, registries, three engines and one to compare with …")
         began = time.monotonic()
-        self.nats = EmbeddedNats(store_dir=self.folder / "nats")
-        stack.callback(self.nats.close)
-        self.nats.start()
+        servers = [self.nats, *filter(None, [self.etcd])]
+        for server in servers:
+            stack.callback(server.close)
+            server.start()
         self._memory = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="kvbm-chaos-", dir="/dev/shm"))
         )
         passages = stack.enter_context(Passages())
         self._start_registries(stack)
-        self.witness = Witness(self.nats.url, MEMBERSHIP_SECONDS)
+        self.witness = Witness(self.nats.url, MEMBERSHIP_SECONDS, self._directory_url)
         stack.callback(self.witness.close)
         beginning = self.witness.listen()
         cores = iter(share_cores(engines=sum(kind.ranks for kind in NODES)))
@@ -111,7 +126,10 @@ class Arena:
         self._say(f"all are there after {time.monotonic() - began:.0f} s")
 
     def _start_registries(self, stack: ExitStack) -> None:
-        environment = {"KVBM_MEMBERSHIP_SECONDS": str(MEMBERSHIP_SECONDS)}
+        environment = {
+            "KVBM_MEMBERSHIP_SECONDS": str(MEMBERSHIP_SECONDS),
+            "KVBM_DIRECTORY_URL": self._directory_url,
+        }
         for number in range(1, REGISTRIES + 1):
             name = f"registry-{number}"
             clock = WallClock(self.folder / f"{name}.clock")
@@ -122,9 +140,12 @@ class Arena:
             self.registries[name] = registry
 
     def _make(self, kind: Kind, passages: Passages, cores: str) -> Member:
-        passage = passages.to(self.nats.port)
+        to_nats = passages.to(self.nats.port)
+        to_etcd = passages.to(self.etcd.port) if self.etcd else None
         clock = WallClock(self.folder / f"{kind.name}.clock")
         connector: dict[str, object] = dict(SETTINGS)
+        if to_etcd:
+            connector["KVBM_DIRECTORY_URL"] = f"etcd://127.0.0.1:{to_etcd.port}"
         if kind.disk:
             connector |= {
                 "KVBM_HOST_CACHE_DIR": str(self._memory),
@@ -137,7 +158,7 @@ class Arena:
             made = node_options(
                 self._model,
                 self.folder / f"{kind.name}-{life}.log",
-                f"nats://127.0.0.1:{passage.port}",
+                f"nats://127.0.0.1:{to_nats.port}",
                 kind.name,
                 ranks=kind.ranks,
                 cores=cores,
@@ -148,7 +169,8 @@ class Arena:
             )
 
         disk_bytes = DISK_BLOCKS * BLOCK_BYTES // kind.ranks if kind.disk else 0
-        return Member(kind.name, options, self.witness, (passage,), clock, kind.ranks, disk_bytes)
+        ways = (to_nats, to_etcd) if to_etcd else (to_nats,)
+        return Member(kind.name, options, self.witness, ways, clock, kind.ranks, disk_bytes)
 
     def _right_answers(self) -> list[Conversation]:
         """Have an engine without any cache answer everything, and end it."""
@@ -164,12 +186,14 @@ class Arena:
         members = {name: member.clock for name, member in self.members.items()}
         return members | {name: registry.clock for name, registry in self.registries.items()}
 
-    def stop_nats(self) -> Callable[[], None]:
-        """SIGSTOP; returns what lets it go on."""
-        process = self.nats.pid
-        assert process is not None
-        os.kill(process, signal.SIGSTOP)
-        return lambda: os.kill(process, signal.SIGCONT)
+    @property
+    def servers(self) -> dict[str, EmbeddedServer]:
+        """NATS, and etcd where members meet there."""
+        return {server.NAME: server for server in (self.nats, self.etcd) if server}
+
+    @property
+    def _directory_url(self) -> str:
+        return self.etcd.url if self.etcd else ""
 
     # -- what is seen ----------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvbm_service.demo.model import make_model
-from tests.chaos.arena import Arena
+from tests.chaos.arena import Arena, has_etcd
 from tests.chaos.load import Load
 
 MODEL = Path(__file__).parents[2] / "build" / "models" / "tiny"
@@ -16,7 +16,8 @@ MODEL = Path(__file__).parents[2] / "build" / "models" / "tiny"
 
 @pytest.fixture(scope="session")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
-    with Arena(make_model(MODEL), tmp_path_factory.mktemp("chaos"), print) as arena:
+    folder = tmp_path_factory.mktemp("chaos")
+    with Arena(make_model(MODEL), folder, print, on_etcd=has_etcd()) as arena:
         yield arena
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 from kvbm_schemas.requests import Acquire
+from kvbm_service.adapters.etcd_server import EmbeddedEtcd
+from kvbm_service.adapters.nats_server import EmbeddedNats
 from tests.chaos.arena import Arena
 from tests.chaos.member import LEADER, WORKER, Member
 from tests.chaos.passage import OPEN, Way
@@ -69,9 +73,9 @@ def registries(arena: Arena) -> list[str]:
     return list(arena.registries)
 
 
-def nats(arena: Arena) -> list[str]:
-    """The server."""
-    return ["nats"]
+def server(name: str, arena: Arena) -> list[str]:
+    """This one, if it is there."""
+    return [name] if name in arena.servers else []
 
 
 def clocks(arena: Arena) -> list[str]:
@@ -144,10 +148,10 @@ def stop_registry(arena: Arena, victim: str) -> Heal:
     return arena.registries[victim].go_on
 
 
-def kill_nats(arena: Arena, victim: str) -> Heal:
+def kill_server(arena: Arena, victim: str) -> Heal:
     """It comes back with all it had stored."""
-    arena.nats.kill()
-    return arena.nats.start
+    arena.servers[victim].kill()
+    return arena.servers[victim].start
 
 
 def wipe_nats(arena: Arena, victim: str) -> Heal:
@@ -161,9 +165,12 @@ def wipe_nats(arena: Arena, victim: str) -> Heal:
     return heal
 
 
-def stop_nats(arena: Arena, victim: str) -> Heal:
+def stop_server(arena: Arena, victim: str) -> Heal:
     """Connections stay, and nothing comes."""
-    return arena.stop_nats()
+    process = arena.servers[victim].pid
+    assert process is not None
+    os.kill(process, signal.SIGSTOP)
+    return partial(os.kill, process, signal.SIGCONT)
 
 
 def fill_disk(arena: Arena, victim: str) -> Heal:
@@ -201,14 +208,19 @@ def _rank(arena: Arena, victim: str) -> tuple[Member, int]:
 
 # -- all of them -----------------------------------------------------------------------------
 
+NATS = partial(server, EmbeddedNats.NAME)
+ETCD = partial(server, EmbeddedEtcd.NAME)
+
 FAULTS = (
     Fault("leader stopped", nodes, 1, 6, stop_leader, 20),
     Fault("rank stopped", ranks, 1, 6, stop_rank, 20),
     Fault("registry killed", registries, 0.5, 4, kill_registry, 20),
     Fault("registry stopped", registries, 1, 6, stop_registry, 20),
-    Fault("NATS killed", nats, 0.5, 4, kill_nats, 20),
-    Fault("NATS killed and wiped", nats, 0.5, 4, wipe_nats, 20),
-    Fault("NATS stopped", nats, 1, 6, stop_nats, 20),
+    Fault("NATS killed", NATS, 0.5, 4, kill_server, 20),
+    Fault("NATS killed and wiped", NATS, 0.5, 4, wipe_nats, 20),
+    Fault("NATS stopped", NATS, 1, 6, stop_server, 20),
+    Fault("etcd killed", ETCD, 0.5, 4, kill_server, 20),
+    Fault("etcd stopped", ETCD, 1, 6, stop_server, 20),
     Fault("connection cut", nodes, 1, 6, partial(change_way, Way(cut=True)), 20),
     Fault("nothing gets in", nodes, 1, 6, partial(change_way, Way(deaf=True)), 20),
     Fault("nothing gets out", nodes, 1, 6, partial(change_way, Way(mute=True)), 20),

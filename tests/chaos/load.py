@@ -17,6 +17,8 @@ from tests.chaos.questions import ANSWER_TOKENS, SALTS, Conversation, Question
 THREADS_PER_MEMBER = 2
 THINKING_SECONDS = 0.1
 """At most, before each question: what else runs on this machine needs its share, too."""
+CROWDED_SECONDS = 1.0
+"""The same, while an engine starts: that takes all of the cores that it can get."""
 ABORTED_SHARE = 0.1
 LONG_ANSWER_TOKENS = 64
 ABORTED_WITHIN_SECONDS = 0.3
@@ -31,6 +33,7 @@ class Load:
     def __init__(
         self, members: Sequence[Member], talks: Sequence[Conversation], seed: int = 0
     ) -> None:
+        self._members = members
         self._talks = talks
         self._asked: list[Asked] = []
         self._lock = threading.Lock()
@@ -90,11 +93,15 @@ class Load:
             for question in talk:
                 if not (self._wanted.is_set() and member.wait_up(LOOK_SECONDS)):
                     break
-                time.sleep(chooser.uniform(0, THINKING_SECONDS))
+                time.sleep(chooser.uniform(0, self._longest_thought()))
                 if chooser.random() < ABORTED_SHARE:
                     self._note(self._abort(member, question, salt, chooser))
                 else:
                     self._note(self._ask(member, question, salt))
+
+    def _longest_thought(self) -> float:
+        all_up = all(member.up for member in self._members)
+        return THINKING_SECONDS if all_up else CROWDED_SECONDS
 
     def _note(self, asked: Asked) -> None:
         with self._lock:

@@ -17,6 +17,9 @@ from kvbm_schemas.records import DirectoryRecord, NodeRecord
 from kvbm_schemas.requests import Holder, Locate, Placements, Resync, SnapshotChunk
 from kvbm_schemas.subjects import EVERYTHING, REGISTRY_NODE, Scope, Subject, parse
 from kvbm_service.adapters.bus import Delivery
+from kvbm_service.adapters.directory import Directory
+from kvbm_service.adapters.etcd_directory import EtcdDirectory
+from kvbm_service.adapters.etcd_login import parse_login
 from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
 from kvbm_service.errors import BusError, DirectoryError
@@ -45,18 +48,24 @@ class Heard(NamedTuple):
 class Witness:
     """Listens to `url` from when it is made until `close`, on a thread of its own."""
 
-    def __init__(self, url: str, membership_seconds: float) -> None:
+    def __init__(self, url: str, membership_seconds: float, directory_url: str = "") -> None:
+        """`directory_url`: of the etcd that is the directory, where it is not NATS itself."""
         self._heard: list[Heard] = []
         self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="witness")
         self._thread.start()
         self._bus = self._run(NatsBus.connect(url, name="kvbm test"))
-        self._directory = NatsDirectory(self._bus, lease_seconds=membership_seconds)
+        self._directory: Directory = (
+            EtcdDirectory(parse_login(directory_url), membership_seconds)
+            if directory_url
+            else NatsDirectory(self._bus, lease_seconds=membership_seconds)
+        )
         self._run(self._bus.subscribe(EVERYTHING, self._take))
 
     def close(self) -> None:
         """Stop listening."""
+        self._run(self._directory.close())
         self._run(self._bus.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
