@@ -112,7 +112,7 @@ def make_room(root: Path, enough: Callable[[], bool]) -> bool:
             return False
         since, home = left.pop(0)
         if _remove(home):
-            days = (time.time() - since) / 86_400
+            days = max(0.0, time.time() - since) / 86_400
             log.warning("removed %s to make room: no engine has lived there for %.1f days",
                         home, days)  # fmt: skip
     return True

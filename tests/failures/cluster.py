@@ -1,0 +1,93 @@
+"""Nodes and a registry in processes of their own, with the directory apart from the bus."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tests.failures.patience import until
+from tests.faults.light_node import LightNode, chain
+
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(sys.path)}
+START_SECONDS = 90.0
+
+
+class ThisMachine:
+    """Where the processes of a test run; they end with it."""
+
+    def __init__(self, ending: ExitStack, variables: Mapping[str, str]) -> None:
+        self._ending = ending
+        self._variables = variables
+
+    def start(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], **pipes: Any
+    ) -> subprocess.Popen[bytes]:
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment, **self._variables},
+                stderr=file,
+                **({"stdout": file} | pipes),
+            )
+        self._ending.callback(_end, process)
+        return process
+
+
+class Cluster:
+    """A registry, and nodes as they are wanted. `settings` are the fields of `Settings`.
+
+    All of them are started with these environment variables.
+    """
+
+    def __init__(
+        self,
+        ending: ExitStack,
+        folder: Path,
+        variables: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._machine = ThisMachine(ending, variables or {})
+        self._folder = folder
+        self._settings = settings
+        self._seeds = itertools.count(1)
+
+    def start_registry(self, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Start one, with these variables."""
+        command = [sys.executable, "-m", "kvbm_service.cli", "registry"]
+        log = self._folder / "registry.log"
+        return self._machine.start(command, log, ENVIRONMENT | dict(variables))
+
+    def start_node(self, name: str) -> LightNode:
+        """Start one, and wait until it obeys; who else it sees by then is left open."""
+        host: Any = self._machine
+        return LightNode(host, name, self._folder / f"{name}.log", **self._settings)
+
+    def new_chain(self, blocks: int = 4) -> list[Any]:
+        """A prompt that nobody was asked before."""
+        return chain(next(self._seeds), blocks)
+
+    def reads(self, reader: LightNode, owner: LightNode) -> bool:
+        """Whether a prompt that `owner` has just computed is read from there."""
+        question = self.new_chain()
+        assert owner.ask(question).right
+        answer = reader.ask(question)
+        assert answer.right
+        return answer.remote == len(question) and not answer.failed
+
+    def wait_until_shared(self, reader: LightNode, owner: LightNode, seconds: float) -> None:
+        """Wait until `reader` reads from `owner`."""
+        until(lambda: self.reads(reader, owner), f"{reader.name} reads {owner.name}", seconds)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
