@@ -60,6 +60,9 @@ BEAT_SECONDS = 1.0
 MAX_OUTGOING = 8192
 """Messages waiting to be published. Beyond, they are dropped: events are numbered, leases end."""
 
+MAX_SUBJECTS_LOGGED = 256
+"""Subjects on which something was malformed that are named in the log, once each."""
+
 MAX_QUESTIONS = 256
 """Questions to registries and owners under way. Beyond, they count as unanswered."""
 
@@ -306,7 +309,7 @@ class LeaderBus:
 
     def _reject(self, subject: str, error: Malformed) -> None:
         self._leader.rejected += 1
-        if subject not in self._warned:
+        if subject not in self._warned and len(self._warned) < MAX_SUBJECTS_LOGGED:
             self._warned.add(subject)
             _log.warning("rejected a message on %s: %s (said once)", subject, error)
 

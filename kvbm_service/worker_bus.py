@@ -35,6 +35,8 @@ class WorkerBus:
         self._connect = connect
         self._fetch_now = fetch_now
         self._answers: asyncio.Queue[tuple[str, Moved]] = asyncio.Queue(MAX_UNANSWERED)
+        self._unanswered = 0
+        """Fetches that were told by the bus, and of which the bus has not been told yet."""
         self.rejected = 0
         """Messages that were no fetch."""
 
@@ -64,6 +66,9 @@ class WorkerBus:
             return
         if fetch.instance != self._record.instance or not delivery.reply:
             return  # of another life of this node, or of another engine that claims its name
+        if self._unanswered >= MAX_UNANSWERED:
+            return
+        self._unanswered += 1
         loop = asyncio.get_running_loop()
 
         def tell(moved: Moved) -> None:
@@ -73,6 +78,7 @@ class WorkerBus:
         self._fetch_now(fetch, tell)
 
     def _put(self, reply: str, moved: Moved) -> None:
+        self._unanswered -= 1
         if not self._answers.full():
             self._answers.put_nowait((reply, moved))
 

@@ -24,7 +24,9 @@ MAX_SHARE_OF_ONE = 0.125
 TURN_SECONDS = 0.001
 """How long a flood is taken in before other tasks get a turn."""
 MAX_WAITING_ANSWERS = 4_096
-"""Answers that may wait for one asker, likewise."""
+"""Answers that may wait for one asker. Further ones are dropped, logged once for each asker."""
+MAX_WAITING_ANSWER_BYTES = 64 << 20
+"""Bytes that may wait for one asker, likewise."""
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,8 @@ class Question:
         self.address = address
         self.subject = subject
         self._answers: asyncio.Queue[bytes | BusError] = asyncio.Queue(MAX_WAITING_ANSWERS)
+        self._waiting_bytes = 0
+        self._dropping = False
 
     async def answer(self, timeout_seconds: float) -> bytes:
         """The next answer.
@@ -133,6 +137,7 @@ class Question:
             raise NoAnswer(f"no answer on {self.subject} within {timeout_seconds:g} s") from None
         if isinstance(answer, BusError):
             raise answer
+        self._waiting_bytes -= len(answer)
         return answer
 
     def nobody(self) -> None:
@@ -141,8 +146,17 @@ class Question:
 
     def put(self, answer: bytes | BusError) -> None:
         """An answer, or the reason why none will come."""
-        if not self._answers.full():
-            self._answers.put_nowait(answer)
+        size = 0 if isinstance(answer, BusError) else len(answer)
+        if self._answers.full() or self._waiting_bytes + size > MAX_WAITING_ANSWER_BYTES:
+            self._drop()
+            return
+        self._waiting_bytes += size
+        self._answers.put_nowait(answer)
+
+    def _drop(self) -> None:
+        if not self._dropping:
+            self._dropping = True
+            log.warning("answers on %s come faster than they are read: dropping some", self.subject)
 
 
 class Questions:

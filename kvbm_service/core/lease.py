@@ -33,6 +33,8 @@ class LeaseTable:
         assert not self.full
         self._slots[token] = slots
         heapq.heappush(self._deadlines, (deadline, token))
+        if len(self._deadlines) > 2 * MAX_LEASES:
+            self._forget_released()
 
     def release(self, token: str) -> list[int]:
         """End a lease. Returns its slots; none if it is unknown or has ended already."""
@@ -46,8 +48,6 @@ class LeaseTable:
             slots = self._slots.pop(token, None)
             if slots is not None:
                 ended.append(slots)
-        if len(self._deadlines) > 2 * MAX_LEASES:
-            self._forget_released()
         return ended
 
     def end_all(self) -> list[list[int]]:
@@ -65,3 +65,4 @@ class LeaseTable:
         """Every open lease will end."""
         waiting = {token for _, token in self._deadlines}
         assert set(self._slots) <= waiting, "a lease has no end"
+        assert len(self._deadlines) <= 2 * MAX_LEASES, "ends of leases pile up"

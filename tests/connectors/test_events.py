@@ -8,6 +8,7 @@ import pytest
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
+from kvbm_connectors import vllm_events
 from tests.connectors.cluster import eventually
 from tests.connectors.engine import BLOCK, Engine, prompt
 from tests.connectors.releases import needs_sources
@@ -109,3 +110,13 @@ def test_sources_of_loaded_tokens_add_up(make_engine: MakeEngine) -> None:
     assert sum(surprise.values()) == 39
     loads.open()
     engine.run()
+
+
+def test_so_many_blocks_are_described_and_older_ones_are_not_announced(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_events, "MAX_DESCRIBED", 3)
+    engine = make_engine(events=True)
+    asked = engine.ask(prompt(21))
+    newest = [maybe_convert_block_hash(each) for each in asked.request.block_hashes[2:]]
+    assert [event.block_hashes for event in stored(engine)] == [[each] for each in newest]
