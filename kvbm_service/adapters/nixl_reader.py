@@ -76,6 +76,10 @@ UCX_SETTINGS = {
     # Otherwise UCX waits for each connection inside our call, and a host that has vanished
     # without a word holds up every read for as long as the kernel goes on trying: 135 s.
     "UCX_TCP_CONN_NB": "y",
+    # The kernel goes on sending what is left when a connection is closed. The requests of a
+    # reader that was discarded must not reach the owner after an outage (it would abort, see
+    # above): by the time we discard, a connection that carries nothing is closed already.
+    "UCX_TCP_USER_TIMEOUT": f"{QUIET_SECONDS:g}s",
 }
 """What we want UCX to do, unless the operator has said something else."""
 
