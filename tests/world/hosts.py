@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from kvbm_service.demo.process_group import end_group
 from tests.world.line import Line, Traffic
 from tests.world.namespace import NotPermitted, enter_new
 
-__all__ = ["Host", "NotPermitted", "World"]
+__all__ = ["Host", "NotPermitted", "World", "unsent_bytes"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -91,6 +92,18 @@ class Host:
                 if stream is not None:
                     stream.close()
         self._thread.shutdown()
+
+
+def unsent_bytes(source: Host, target: Host) -> int:
+    """What the kernel of `source` has still to bring to `target`, by TCP."""
+    reversed_address = socket.inet_aton(target.address)[::-1].hex().upper()
+    table = source.run(Path("/proc/thread-self/net/tcp").read_text)
+    rows = [line.split() for line in table.splitlines()[1:]]
+    return sum(
+        int(queues.split(":")[0], 16)
+        for _, _, remote, _, queues, *_ in rows
+        if remote.startswith(reversed_address)
+    )
 
 
 class World:
