@@ -15,13 +15,13 @@ class Relay:
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._flows = asyncio.Event()
-        self._flows.set()
+        self._life = 0
+        self._swallows = False
         self.port = 0
 
     def swallow(self) -> None:
-        """Hold back what comes, as a host that was unplugged would."""
-        self._flows.clear()
+        """Lose what comes, as a cable that was pulled would; no connection survives that."""
+        self._swallows = True
 
     async def cut(self) -> None:
         """End all connections, and take no new one."""
@@ -33,8 +33,10 @@ class Relay:
             await asyncio.wait(self._tasks)
 
     async def heal(self) -> None:
-        """Take connections (again), and hand everything on."""
-        self._flows.set()
+        """Take connections (again). Those that were swallowed from remain as they are."""
+        if self._swallows:
+            self._swallows = False
+            self._life += 1
         if self._server is None or not self._server.is_serving():
             self._server = await asyncio.start_server(self._take, "127.0.0.1", self.port)
             self.port = self._server.sockets[0].getsockname()[1]
@@ -58,11 +60,12 @@ class Relay:
             self._tasks.discard(task)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        life = self._life
         try:
             while data := await reader.read(1 << 16):
-                await self._flows.wait()
-                writer.write(data)
-                await writer.drain()
+                if not self._swallows and life == self._life:
+                    writer.write(data)
+                    await writer.drain()
         finally:
             writer.transport.abort()
 
@@ -73,5 +76,4 @@ async def relay_to(target: int) -> AsyncIterator[Relay]:
     relay = Relay(target)
     await relay.heal()
     yield relay
-    relay._flows.set()
     await relay.cut()
