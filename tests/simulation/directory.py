@@ -9,6 +9,7 @@ from kvbm_schemas.records import NodeRecord, RankRecord
 from tests.simulation.timeline import Timeline
 
 LEASE_SECONDS = 0.5
+FIRST_EPOCH = 1_000
 
 
 @dataclass
@@ -26,12 +27,19 @@ class Directory:
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
         self._entries: dict[str, Entry] = {}
-        self._last_epoch = 0
+        self._epochs = [FIRST_EPOCH]
 
-    def next_epoch(self) -> int:
-        """Greater than any before."""
-        self._last_epoch += 1
-        return self._last_epoch
+    def next_epoch(self, clock_went_back: bool) -> int:
+        """Greater than any before; or less, where a clock went back."""
+        epoch = min(self._epochs) - 1 if clock_went_back else max(self._epochs) + 1
+        self._epochs.append(epoch)
+        return epoch
+
+    def leave(self, node: str, epoch: int) -> None:
+        """Take part no longer."""
+        entry = self._entries.get(node)
+        if entry is not None and entry.record.epoch == epoch:
+            del self._entries[node]
 
     def join(self, record: NodeRecord, ranks: tuple[RankRecord, ...]) -> bool:
         """Take part. False: the name is taken by a live record."""

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 from kvbm_schemas import step
 from kvbm_schemas.block import BlockHash
 from kvbm_service.core.columns import unpack_u32
+from kvbm_service.core.crew import State
 from tests.simulation.device_pool import DevicePool
 
 if TYPE_CHECKING:
     from tests.simulation.node import Node
+    from tests.simulation.rank import Rank
     from tests.simulation.world import World
 
 BLOCKS_PER_STEP = 2
@@ -47,6 +49,8 @@ class Request:
     asked_since: float | None = None
     loading: int = 0
     ranks_loading: int = 0
+    restarted: bool = False
+    """Whether the load under way is of no use any more."""
     failed: set[int] = field(default_factory=set)
     decode_steps: int = 0
 
@@ -60,6 +64,8 @@ class Engine:
         self._world = world
         self._node = node
         self._stepping = False
+        self._failed_step: step.StepCommands | None = None
+        """What was to be done around a forward pass that a rank did not survive."""
         self.was_reset = False
 
     def submit(self, request: Request) -> None:
@@ -71,14 +77,68 @@ class Engine:
 
     def wake(self) -> None:
         """There may be something to do."""
+        if self._broken:
+            return
         if not self._stepping and (self.requests or self._node.leader.busy):
             self._stepping = True
             self._after(0.001, self._step)
 
+    # -- when a rank is gone ---------------------------------------------------------------
+
+    @property
+    def _broken(self) -> bool:
+        """Whether no forward pass is possible."""
+        return not all(rank.process.alive and not rank.given_up for rank in self._node.ranks)
+
+    def rank_replaced(self, rank: Rank) -> None:
+        """A new process is there, whose device memory is empty: everything starts over."""
+        self.pool.reset()
+        for request in list(self.requests.values()):
+            if request.stage is Stage.RUNNING:
+                self._preempt(request)
+            elif request.stage is Stage.LOADING:
+                request.restarted = True
+        if self._world.chance.random() < 0.5:
+            self._repeat_failed_step(rank)  # which is not meant
+        self.wake()
+
+    def _fail_step(
+        self, work: list[tuple[Request, int, int]], commands: step.StepCommands
+    ) -> None:
+        """Those that are left may, or may not, have got as far as to their saves."""
+        self._failed_step = commands
+        for rank in self._node.ranks:
+            if rank.process.alive and self._world.chance.random() < 0.5:
+                self._write(rank, work)
+                rank.end_step(commands)
+
+    def _repeat_failed_step(self, rank: Rank) -> None:
+        """Channels have buffers: what was sent before may come after."""
+        if self._failed_step is not None:
+            rank.begin_step(self._failed_step)
+            rank.end_step(self._failed_step)
+
+    def _load_lost(self, lost: step.LoadResult) -> None:
+        request = self.requests.get(lost.request)
+        if request is None or request.stage is not Stage.LOADING:
+            return
+        self._world.check(request.restarted, f"{request.name}: a load was given up")
+        request.restarted = False
+        if request.aborted:
+            self._forget(request)
+        else:
+            self._preempt(request)
+
     # -- one step --------------------------------------------------------------------------
 
     def _step(self) -> None:
+        if self._broken:
+            self._stepping = False
+            return
         self._take_results()
+        if self._node.leader.crew.whole:
+            self._repeat_failed_step(self._world.chance.choice(self._node.ranks))
+            self._failed_step = None
         self._interrupt_some()
         for request in list(self.requests.values()):
             if request.stage is Stage.RUNNING and request.computed == len(request.chain):
@@ -95,18 +155,25 @@ class Engine:
 
     def _take_results(self) -> None:
         leader, now = self._node.leader, self._world.timeline.now
-        for rank in self._node.ranks:
-            results = rank.take_results()
+        for rank in [*self._node.former, *self._node.ranks]:
+            results = rank.take_results() if rank.process.alive else None
             if results is None:
                 continue
             self._world.oracles.reported(self._node, results)
+            settling = leader.crew.state is State.SETTLING
             leader.report(results, now)
+            if settling and leader.crew.state is not State.SETTLING:
+                self._world.oracles.salvaged_is_there(self._node)
             for loaded in results.loads:
                 self._rank_loaded(loaded)
+        for lost in leader.take_lost_loads():
+            self._load_lost(lost)
         self.pool.release(leader.take_freed_blocks())
 
     def _rank_loaded(self, result: step.LoadResult) -> None:
-        request = self.requests[result.request]
+        request = self.requests.get(result.request)
+        if request is None or request.restarted or request.stage is not Stage.LOADING:
+            return  # of before a rank was replaced
         request.failed.update(unpack_u32(result.failed_blocks))
         request.ranks_loading -= 1
         if request.ranks_loading:
@@ -172,6 +239,7 @@ class Engine:
     def _match(self, request: Request, computed: int) -> int | None:
         now = self._world.timeline.now
         found = self._node.leader.match(request.name, computed, now)
+        self._world.oracles.nothing_is_promised(self._node, found)
         if found is None:
             if request.asked_since is None:
                 request.asked_since = now
@@ -220,19 +288,26 @@ class Engine:
 
     # -- the forward pass ------------------------------------------------------------------
 
-    def _compute(
-        self, work: list[tuple[Request, int, int]], commands: step.StepCommands
-    ) -> None:
+    def _compute(self, work: list[tuple[Request, int, int]], commands: step.StepCommands) -> None:
+        if commands.meant != self._node.leader.crew.meant or self._broken:
+            self._fail_step(work, commands)
+            self._stepping = False
+            self.wake()
+            return
         for rank in self._node.ranks:
-            for request, start, end in work:
+            for request, start, _ in work:
                 for index in range(start):
                     right = rank.device[request.blocks[index]] == request.chain[index]
                     self._world.check(right, f"{request.name} computes from wrong bytes")
-                for index in range(start, end):
-                    rank.device[request.blocks[index]] = request.chain[index]
+            self._write(rank, work)
             rank.end_step(commands)
         self._stepping = False
         self.wake()
+
+    def _write(self, rank: Rank, work: list[tuple[Request, int, int]]) -> None:
+        for request, start, end in work:
+            for index in range(start, end):
+                rank.device[request.blocks[index]] = request.chain[index]
 
     def _after(self, delay: float, action: object) -> None:
         self._world.timeline.after(delay, self._node.process, action)  # type: ignore[arg-type]

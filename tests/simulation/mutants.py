@@ -221,7 +221,7 @@ MUTANTS = [
            "is not there"),
     Mutant("believe a failed save", _believe_a_failed_save,
            Weather(nodes=1, requests=40, copy_failure=0.3), "is not there"),
-    Mutant("free saved device blocks early", _free_saved_blocks_early, TIGHT, "is not there"),
+    Mutant("free saved device blocks early", _free_saved_blocks_early, TIGHT, "other bytes"),
     Mutant("leave the header while refilling", _leave_the_header_while_refilling,
            SLOW_READERS, "wrong bytes"),
     Mutant("read without looking at headers", _read_without_looking_at_headers,

@@ -81,6 +81,8 @@ class Node:
         """Whether no later life may find anything."""
         earlier = world.nodes.get(name)
         self.nothing_is_left = earlier is not None and earlier.was_reset
+        self.former: list[Rank] = []
+        """Ranks that were stopped when another took their place."""
         self.borrowed: dict[str, tuple[str, set[int]]] = {}
         """Leases on other nodes' slots that were not given back."""
         self._watcher = Watcher(world.directory, world.timeline, self._peer_changed)
@@ -91,6 +93,7 @@ class Node:
         self._askers: list[Reply] = []
         """Who waits for the snapshot that is being taken."""
         self._member = False
+        self._lives = 0
         self._every(BEAT_SECONDS, self._beat)
         self._every(TICK_SECONDS, self._tick)
         delay = world.chance.choice((0.0, world.chance.random() * 0.2))
@@ -98,6 +101,9 @@ class Node:
 
     def _adopt(self) -> None:
         """Take over what the ranks found, before or after the node has begun to take part."""
+        if self.leader.crew.lives:
+            self.ready = True
+            return  # a rank was lost before it was asked
         for tiers in zip(*(rank.survivors for rank in self.ranks), strict=True):
             adopted = self.leader.adopt(tiers)
             self.world.adopted[tiers[0].tier] += adopted
@@ -113,8 +119,33 @@ class Node:
     def crash(self) -> None:
         """Die at once, with everything."""
         self.process.alive = False
-        for rank in self.ranks:
+        for rank in [*self.ranks, *self.former]:
             rank.process.alive = False
+
+    # -- ranks that go and come ------------------------------------------------------------
+
+    def rank_lost(self, number: int) -> None:
+        """The engine says that a rank's process is no more."""
+        self.leader.rank_lost(number, self._now)
+        self.pump()
+
+    def rank_unseen(self, number: int, unseen: bool) -> None:
+        """A rank is not in the directory, or is again."""
+        self.leader.ranks_away([number] if unseen else [])
+        self.pump()
+
+    def replace_rank(self, number: int) -> None:
+        """Another process takes a rank's place."""
+        before = self.ranks[number]
+        stopped = before.process.alive
+        if stopped:
+            self.former.append(before)
+        tiers = self.world.memory(self.name, number, fresh=stopped)
+        rank = self.ranks[number] = Rank(self.world, self.name, number, before.instance, tiers)
+        self.world.network.places[rank.name] = rank
+        self.leader.rank_took_place(rank.record(), rank.survivors, self._now)
+        self.pump()
+        self.engine.rank_replaced(rank)
 
     def inspect(self) -> None:
         """Look at all tables now and again; always would take most of the time."""
@@ -253,9 +284,13 @@ class Node:
         directory = self.world.directory
         if self._sees_directory:
             epoch = self.journal.epoch
+            whole = self.leader.crew.whole and self.leader.crew.lives == self._lives
+            if self._member and not whole:
+                directory.leave(self.name, epoch)
+                self._member = False
             if self._member and not directory.renew(self.name, epoch):
                 self._member = False
-            if not self._member:
+            if not self._member and self.leader.crew.whole:
                 self._join()
         if self._member:
             self._publish(self.journal.beat())
@@ -264,7 +299,9 @@ class Node:
         directory = self.world.directory
         if self.name in directory.live():
             return  # an earlier life's record; it will end
-        epoch = directory.next_epoch()
+        self._lives = self.leader.crew.lives
+        chance = self.world.chance.random() < self.world.weather.clock_jumps
+        epoch = directory.next_epoch(clock_went_back=chance and self.journal.epoch == 0)
         self.journal.begin(epoch, empty=self.leader.tiers.empty)
         record = NodeRecord(
             node=self.name, epoch=epoch, world_size=len(self.ranks), block_bytes=1

@@ -11,6 +11,7 @@ from kvbm_schemas.block import BlockHash, Tier, unpack
 from kvbm_schemas.events import BlockEvent, Stored
 from kvbm_schemas.requests import LeaseAnswer, Leased
 from kvbm_service.core.columns import unpack_u32, unpack_u64
+from kvbm_service.core.crew import State
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.pool import Pool
 from tests.simulation.demand import Demand
@@ -181,16 +182,17 @@ class Oracles:
 
     def reads_are_leased(self, node: Node) -> None:
         """Each read of another node's slots has a lease that was not given back."""
-        leased = Counter(
-            (owner, slot) for owner, slots in node.borrowed.values() for slot in slots
-        )
+        leased = Counter((owner, slot) for owner, slots in node.borrowed.values() for slot in slots)
         for rank in node.ranks:
+            if rank.given_up:
+                continue  # nobody believes what it reads
             right = all(count <= leased[place] for place, count in rank.pulling.items())
             self._world.check(right, f"{node.name} reads without a lease")
 
     def lease_is_true(self, node: Node, hashes: bytes, answer: LeaseAnswer) -> None:
         """Blocks that another node may read are there, on every rank."""
         if isinstance(answer, Leased):
+            self.nothing_is_promised(node, 1)
             slots, fills = unpack_u32(answer.slots), unpack_u64(answer.fills)
             for name, slot, fill in zip(unpack(hashes), slots, fills, strict=False):
                 right = self._is_there(node, Tier.HOST, slot, Label(name, fill))
@@ -202,6 +204,21 @@ class Oracles:
         self._world.check(
             not node.nothing_is_left or node.leader.tiers.empty,
             f"{node.name} has found blocks that were to be forgotten",
+        )
+
+    def salvaged_is_there(self, node: Node) -> None:
+        """After the loss of a rank, what is kept is there on all of them."""
+        self._world.told["salvages"] += 1
+        self._world.told["salvaged blocks"] += len(_copies(node))
+        self._holds_what_it_says(node, f"{node.name} keeps what a rank has lost")
+        # What one could not read may be among it: it will find that out again.
+        self._doubts_of(node).spots.clear()
+
+    def nothing_is_promised(self, node: Node, found: int | None) -> None:
+        """A node that lacks a rank has nothing to give."""
+        self._world.check(
+            node.leader.crew.state is State.WHOLE or not found,
+            f"{node.name} promises without all its ranks",
         )
 
     def _holds_what_it_says(self, node: Node, otherwise: str) -> None:

@@ -16,6 +16,7 @@ from kvbm_schemas.message import Message
 from kvbm_schemas.records import RankRecord, SlabRecord
 from kvbm_service.core.columns import pack_u32, unpack_u32, unpack_u64
 from kvbm_service.fetched import Fetched
+from kvbm_service.meant import Meant
 from tests.simulation.network import Answer
 from tests.simulation.slots import TORN, Label, Slots, labels
 from tests.simulation.timeline import Process
@@ -45,6 +46,8 @@ class Rank:
         self.survivors = [slots.survivors(tier) for tier, slots in tiers.items()]
         self.disk_lost = ""
         self.told_disk_lost = False
+        self.given_up = False
+        """Whether it is stopped, and another will take its place."""
         self.pulling: Counter[tuple[str, int]] = Counter()
         """Other nodes' slots that are being read."""
         self._first_fill = 1 + max(slots.last_fill for slots in tiers.values())
@@ -56,6 +59,11 @@ class Rank:
         self._moved: list[step.Moved] = []
         self._loaded: list[step.LoadResult] = []
         self._fetched = Fetched()
+        self._meant = Meant(self.record())
+        self._under_way: set[int] = set()
+        """Ops that have been begun and not ended."""
+        self._fence = 0
+        """To be answered once nothing older is under way."""
 
     @property
     def online(self) -> bool:
@@ -82,6 +90,7 @@ class Rank:
 
     def begin_step(self, commands: step.StepCommands) -> None:
         """All but saves, which have to wait for the forward pass."""
+        commands = self._meant.heed(commands)
         if commands.forget:
             for slots in self.tiers.values():
                 slots.forgotten = True
@@ -90,22 +99,27 @@ class Rank:
         if commands.loads:
             self._maybe_nap()
         for spill in commands.spills:
-            self._play(self.spill(spill))
+            self._play(self.spill(spill), spill.op)
         for fetch in commands.fetches:
             self.fetch(fetch, self._tell_leader)
         for remote in commands.remote_fetches:
-            self._play(self.fetch_remote(remote))
+            self._play(self.fetch_remote(remote), remote.op)
         for load in commands.loads:
-            self._play(self.load(load))
+            self._play(self.load(load), load.op)
+        if commands.fence:
+            self._meant.fence = self._fence = commands.fence
+            self._maybe_rest()
 
     def end_step(self, commands: step.StepCommands) -> None:
         """The forward pass is over: start saving."""
-        for save in commands.saves:
-            self._play(self.save(save))
+        for save in self._meant.heed(commands).saves:
+            self._play(self.save(save), save.op)
 
     def receive(self, sender: str, message: Message, answer: Answer) -> None:
         """The own leader wants something at once."""
-        if isinstance(message, step.Fetch) and message.instance == self.instance:
+        if not isinstance(message, step.Fetch) or message.op <= self._meant.fence:
+            return
+        if message.instance == self.instance:
             self.fetch(message, answer)
 
     def take_results(self) -> step.StepResults | None:
@@ -127,11 +141,19 @@ class Rank:
     def save(self, command: step.Save) -> Iterator[float]:
         """Device → slots."""
         blocks = unpack_u32(command.blocks)
-        broken = self.world.copy_fails()
+        names, slots = unpack(command.hashes), unpack_u32(command.slots)
+        works = not self.world.copy_fails()
+
+        def proven() -> list[bool]:
+            contents = self.tiers[command.tier].contents
+            right = all(contents[slot] == name for slot, name in zip(slots, names, strict=True))
+            self.world.check(right, f"{self.name} saves other bytes than were computed")
+            return [works] * len(blocks)
+
         yield from self._fill(
-            command.tier, command.op, unpack(command.hashes), unpack_u32(command.slots),
+            command.tier, command.op, names, slots,
             lambda position: self.device[blocks[position]],
-            lambda: [not broken] * len(blocks),
+            proven,
             self._tell_leader,
         )  # fmt: skip
 
@@ -147,7 +169,7 @@ class Rank:
             script = self._copy(
                 command, Tier.DISK, command.disk, Tier.HOST, command.host, self._fetched.end
             )
-            self._play(script)
+            self._play(script, command.op)
 
     def _copy(
         self, command: step.Spill | step.Fetch, source: Tier, from_: bytes, target: Tier,
@@ -284,8 +306,20 @@ class Rank:
     def _end_reading(self, tier: Tier, slots: Sequence[int]) -> None:
         self._reading.subtract({(tier, slot) for slot in slots})
 
-    def _play(self, script: Iterator[float]) -> None:
-        self.world.timeline.play(self.process, script)
+    def _play(self, script: Iterator[float], op: int) -> None:
+        def all_of_it() -> Iterator[float]:
+            yield from script
+            self._under_way.discard(op)
+            self._maybe_rest()
+
+        self._under_way.add(op)
+        self.world.timeline.play(self.process, all_of_it())
+
+    def _maybe_rest(self) -> None:
+        """Say so when nothing older than the fence is under way."""
+        if self._fence and not any(op <= self._fence for op in self._under_way):
+            self._moved.append(step.Moved(op=self._fence))
+            self._fence = 0
 
     def _maybe_nap(self) -> None:
         if self.world.chance.random() < self.world.weather.naps:

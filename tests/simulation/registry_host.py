@@ -87,6 +87,9 @@ class RegistryHost:
             self._inboxes.pop(node, None)
             self._ask(self.core.left(SCOPE, node, now))
         else:
+            at = self.cursor(node)
+            if at is not None and at[0] != entry.record.epoch:
+                self.world.oracles.member_left(self, node)  # another life, perhaps of less epoch
             self._ask(self.core.joined(SCOPE, node, entry.record.epoch, now))
         self.world.oracles.view_is_a_past(self, node)
 

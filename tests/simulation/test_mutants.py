@@ -6,10 +6,11 @@ import pytest
 
 from tests.simulation.mutants import MUTANTS, Mutant
 from tests.simulation.oracles import Broken
+from tests.simulation.rank_mutants import RANK_MUTANTS
 from tests.simulation.tier_mutants import TIER_MUTANTS
 from tests.simulation.world import World
 
-ALL = [*MUTANTS, *TIER_MUTANTS]
+ALL = [*MUTANTS, *TIER_MUTANTS, *RANK_MUTANTS]
 
 SEEDS = 200
 """A bug has to show within this many worlds."""

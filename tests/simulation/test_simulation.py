@@ -65,5 +65,5 @@ def test_the_worlds_are_eventful() -> None:
         "fetches", "fetches by bus", "adopted in G2", "adopted in G3",
     ):  # fmt: skip
         assert happened[rare] > 20, rare
-    for rarest in ("remote fetches", "unheard", "lost disks"):
+    for rarest in ("remote fetches", "unheard", "lost disks", "salvages", "salvaged blocks"):
         assert happened[rarest] > 3, rarest

@@ -299,7 +299,7 @@ TIER_MUTANTS = [
            Weather(nodes=3, host_slots=4, disk_slots=12, requests=100, loss=0.2), "wrong bytes"),
     Mutant("free what goes to disk early", _free_what_goes_to_disk_early,
            Weather(nodes=1, host_slots=2, disk_slots=24, disk_only=True, requests=60,
-                   copy_seconds=0.01), "is not there"),
+                   copy_seconds=0.01), "other bytes"),
     Mutant("fetch as often as told", _fetch_as_often_as_told,
            Weather(nodes=2, host_slots=4, disk_slots=24, requests=100, filtered=False,
                    duplication=0.3, longest_delay=0.03, device_blocks=6, copy_seconds=0.005),

@@ -41,6 +41,12 @@ class Weather:
     naps: float = 0.0
     """Chance that a rank stops for a while just as it is told to load, or in a save's midst."""
     crashes: float = 0.0
+    rank_losses: float = 0.0
+    """Of single ranks: killed, or stopped for so long that another takes its place."""
+    unseen_ranks: float = 0.0
+    """Of single ranks that do their work and are not in the directory for a while."""
+    clock_jumps: float = 0.0
+    """Chance that a life begins with a clock that went back."""
     registry_crashes: float = 0.0
     aborts: float = 0.02
     """Per request and step; so are preemptions."""
@@ -57,13 +63,14 @@ class Weather:
         return not (
             self.loss or self.copy_failure or self.partitions or self.outages or self.stops
             or self.naps or self.crashes or self.registry_crashes or self.decay
-            or self.disk_losses
+            or self.disk_losses or self.rank_losses or self.unseen_ranks
         )  # fmt: skip
 
 
 RATES = (
     "loss", "duplication", "copy_failure", "partitions", "outages", "stops", "naps", "crashes",
-    "registry_crashes", "decay", "disk_losses", "aborts", "preemptions", "resets",
+    "registry_crashes", "decay", "disk_losses", "rank_losses", "unseen_ranks", "clock_jumps",
+    "aborts", "preemptions", "resets",
 )  # fmt: skip
 """What ends when the trouble is over."""
 
@@ -103,4 +110,7 @@ def any_weather(chance: random.Random) -> Weather:
         decay=sometimes(10.0),
         disk_losses=sometimes(0.5),
         resets=sometimes(0.03),
+        rank_losses=sometimes(2.0),
+        unseen_ranks=sometimes(1.0),
+        clock_jumps=sometimes(0.5),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -126,15 +127,18 @@ class World:
         """A name for a life that no life ever had."""
         return f"{node}/{self.restarts}"
 
-    def memory(self, node: str, rank: int) -> dict[Tier, Slots]:
-        """The tiers of a rank for a new life, with what an earlier one left in them."""
+    def memory(self, node: str, rank: int, fresh: bool = False) -> dict[Tier, Slots]:
+        """The tiers of a rank for a new life, with what an earlier one left in them.
+
+        `fresh`: that one still has them.
+        """
         weather = self.weather
         tiers = {Tier.HOST: Slots(weather.host_slots)}
         if weather.disk_slots:
             tiers[Tier.DISK] = Slots(weather.disk_slots)
         for tier, slots in self._memory.get((node, rank), {}).items():
             lasts = tier is Tier.DISK or weather.host_survives
-            if lasts and not slots.forgotten:
+            if lasts and not (slots.forgotten or fresh):
                 tiers[tier] = slots
         self._memory[node, rank] = tiers
         return tiers
@@ -207,6 +211,7 @@ class World:
             if self._strikes(weather.crashes):
                 self._crash_node(name)
             self._maybe_spoil_disk(self.nodes[name])
+            self._maybe_strike_rank(self.nodes[name])
         if self._strikes(weather.partitions):
             self._partition()
         for name in self.registry_names:
@@ -256,6 +261,46 @@ class World:
             return
         delay = self.chance.random() ** 2
         self.timeline.after(delay, self._nature, lambda: self._start_node(name))
+
+    def _maybe_strike_rank(self, node: Node) -> None:
+        if self._strikes(self.weather.rank_losses):
+            self._lose_rank(node)
+        if self._strikes(self.weather.unseen_ranks):
+            self._hide_rank(node)
+
+    def _lose_rank(self, node: Node) -> None:
+        """A rank is killed, or stops; before long another process takes its place."""
+        rank = self.chance.choice(node.ranks)
+        if not (node.process.alive and node.ready and rank.process.alive) or rank.given_up:
+            return
+        self.told["lost ranks"] += 1
+        rank.given_up = True
+        if self.chance.random() < 0.7:
+            rank.process.alive = False
+        else:
+            self.stop(rank.process)
+        if self.chance.random() < 0.5:
+            self._unless_replaced(node, rank, 0.1, lambda: node.rank_lost(rank.number))
+        delay = 0.1 + self.chance.random() * 0.5
+        self._unless_replaced(node, rank, delay, lambda: node.replace_rank(rank.number))
+
+    def _unless_replaced(
+        self, node: Node, rank: Rank, delay: float, do: Callable[[], None]
+    ) -> None:
+        def then() -> None:
+            if node.process.alive and node.ranks[rank.number] is rank:
+                do()
+
+        self.timeline.after(delay, node.process, then)
+
+    def _hide_rank(self, node: Node) -> None:
+        """A rank goes on, but the directory does not list it for a while."""
+        number = self.chance.randrange(len(node.ranks))
+        if node.process.alive:
+            node.rank_unseen(number, unseen=True)
+            self.timeline.after(
+                self.chance.random(), node.process, lambda: node.rank_unseen(number, unseen=False)
+            )
 
     def _crash_registry(self, name: str) -> None:
         self.registries[name].process.alive = False
