@@ -40,6 +40,8 @@ DISK_BLOCKS = 400_000
 STEP_BLOCKS = 16
 """Blocks that the engine stores in each step."""
 SNAPSHOTS = 5
+QUIET_SECONDS = 0.5
+"""As long as a snapshot takes."""
 STALL_SECONDS = 0.005
 """No call of the engine's thread waits longer for us …"""
 LEASE_SECONDS = 0.05
@@ -188,10 +190,12 @@ async def test_a_registry_learns_a_million_blocks_within_seconds(
 async def test_a_snapshot_of_a_million_blocks_stalls_neither_engine_nor_loop(node: Node) -> None:
     """What stalls at random is this machine; what we did would show in every snapshot."""
     engine = Engine(node.leader)
-    stalls: list[float] = []
-    leases: list[float] = []
+    quiet, stalls, leases = list[float](), list[float](), list[float]()
     try:
         for _ in range(SNAPSHOTS):
+            engine.seconds.clear()
+            await asyncio.sleep(QUIET_SECONDS)
+            quiet.append(max(engine.seconds))
             engine.seconds.clear()
             asking = asyncio.create_task(node.ask_for_leases(leases))
             chunks = await node.snapshot()
@@ -201,5 +205,6 @@ async def test_a_snapshot_of_a_million_blocks_stalls_neither_engine_nor_loop(nod
             stalls.append(max(engine.seconds))
     finally:
         await asyncio.to_thread(engine.stop)
-    assert min(stalls) < STALL_SECONDS, f"the engine waits at each snapshot: {stalls}"
+    worst = min(quiet) + STALL_SECONDS
+    assert min(stalls) < worst, f"the engine waits at each snapshot: {stalls}, else {quiet}"
     assert sorted(leases)[len(leases) * 9 // 10] < LEASE_SECONDS, f"leases wait: {leases}"

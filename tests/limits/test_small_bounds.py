@@ -102,3 +102,18 @@ def test_the_embedded_servers_log_is_cut_off_and_kept_once(tmp_path: Path) -> No
         config = json.loads((server.log_path.parent / "server.json").read_text())
     assert config["logfile_size_limit"] == nats_server.MAX_LOG_BYTES
     assert config["logfile_max_num"] == nats_server.MAX_LOG_FILES
+
+
+def test_a_servers_own_words_are_cut_off() -> None:
+    etcd_errors = pytest.importorskip("kvbm_service.adapters.etcd_errors")
+    etcd_login = pytest.importorskip("kvbm_service.adapters.etcd_login")
+    login = etcd_login.parse_login("etcd://127.0.0.1:2379")
+    error = etcd_errors.explain(login, login.members[0], None, "x" * 100_000)
+    assert etcd_errors.MAX_DETAILS <= len(str(error)) < 2 * etcd_errors.MAX_DETAILS
+
+
+def test_a_pem_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    etcd_login = pytest.importorskip("kvbm_service.adapters.etcd_login")
+    file = tmp_path / "endless.pem"
+    file.write_bytes(bytes(etcd_login.MAX_PEM_BYTES + 1))
+    assert len(etcd_login._read("SETTING", str(file))) == etcd_login.MAX_PEM_BYTES

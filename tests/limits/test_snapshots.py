@@ -36,9 +36,7 @@ def _leader() -> LeaderService:
     """A leader with a few blocks, alone on its bus."""
     leader = LeaderService(Settings(), Scope("default", "layout"), "node", 1, _connect)
     slab = SlabRecord(base=0, headers=0, slots=8, slot_bytes=64, header_bytes=32)
-    record = RankRecord(
-        node="node", rank=0, world_size=1, agent="0", agent_metadata=b"", slab=slab
-    )
+    record = RankRecord(node="node", rank=0, world_size=1, agent="0", agent_metadata=b"", slab=slab)
     survivors = Survivors(
         tier=Tier.HOST, hashes=pack(BLOCKS), fills=pack_u64(range(1, 5)), slots=pack_u32(range(4))
     )
