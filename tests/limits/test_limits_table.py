@@ -1,4 +1,4 @@
-"""docs/limits.md says what the code does: all limits, their values, and the tests at their bounds."""
+"""docs/limits.md says what the code does: each limit, its value, and the test at its bound."""
 
 from __future__ import annotations
 
