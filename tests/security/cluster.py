@@ -101,8 +101,9 @@ async def guarded_cluster(folder: Path) -> AsyncIterator[Cluster]:
     with shipped_nats(folder) as shipped:
         await make_bucket(shipped)
         bus = await shipped.bus("registry", REGISTRY_INBOX)
+        events = await shipped.bus("registry", REGISTRY_INBOX)
         directory = NatsDirectory(bus, leaders_only=True)
-        cluster = Cluster(shipped, RegistryService(bus, directory))
+        cluster = Cluster(shipped, RegistryService(bus, directory, events=events))
         serving = [asyncio.create_task(cluster.registry.run())]
         try:
             for node in NODES:
@@ -119,22 +120,28 @@ async def guarded_cluster(folder: Path) -> AsyncIterator[Cluster]:
                 task.cancel()
             await asyncio.gather(*serving, return_exceptions=True)
             await directory.close()
+            await events.close()
             await bus.close()
 
 
 def _leader(shipped: Shipped, node: str) -> LeaderService:
     """A leader whose one rank has saved its chain."""
     settings = shipped.settings(node)
-    record, chain = rank_record(node), CHAINS[node]
+    record = rank_record(node)
     leader = LeaderService(
         settings, SCOPE, node, 1, over_nats(settings, node, node), instance=record.instance
     )
     leader.attach(record)
-    leader.store("request", None, chain, list(range(len(chain))))
-    saves = leader.take_commands().saves
-    leader.report([StepResults(rank=0, moved=tuple(Moved(op=save.op) for save in saves))])
+    save(leader, CHAINS[node])
     leader.start()
     return leader
+
+
+def save(leader: LeaderService, chain: list[BlockHash]) -> None:
+    """Have the leader's one rank save a chain to its host tier."""
+    leader.store(f"request {chain[0].hex()}", None, chain, list(range(len(chain))))
+    saves = leader.take_commands().saves
+    leader.report([StepResults(rank=0, moved=tuple(Moved(op=one.op) for one in saves))])
 
 
 def _worker(cluster: Cluster, node: str) -> WorkerBus:
