@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import secrets
 import time
@@ -46,6 +47,10 @@ MAX_WAITING_SIGHTINGS = 65_536
 MAX_BUCKET_RECORDS = 65_536
 """Records that a bucket takes, removed ones included until their lease has ended."""
 
+REPLICAS = 3
+"""Servers of a cluster that keep the bucket each, so that it survives the loss of one. Where
+there are fewer, one keeps it."""
+
 _OWNER = "Kvbm-Owner"
 _OPERATION = "KV-Operation"
 _REMOVED = ("DEL", "PURGE")
@@ -53,12 +58,15 @@ _SERVER_REMOVED = "Nats-Marker-Reason"
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 _EXISTS_ALREADY = 10058
 _NO_SUCH_STREAM = 10059
+_TOO_FEW_SERVERS = (10005, 10074)
 _GONE = (
     nats.js.errors.NotFoundError,
     nats.js.errors.NoStreamResponseError,
     nats.errors.NoRespondersError,
 )
 """How nats-py says that the stream may be missing."""
+log = logging.getLogger(__name__)
+
 _BUCKET = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -297,11 +305,14 @@ class _Bucket:
 
     async def _find_or_add(self, jetstream: JetStreamContext) -> StreamConfig:
         with contextlib.suppress(nats.js.errors.NotFoundError):
-            return (await jetstream.stream_info(self._stream)).config
+            there = await jetstream.stream_info(self._stream)
+            if there.cluster is not None and (there.config.num_replicas or 1) < self._replicas:
+                await self._spread()
+            return there.config
         try:
-            answer = await self._ask(
-                f"$JS.API.STREAM.CREATE.{self._stream}", self._configuration().as_dict()
-            )
+            answer = await self._create(self._replicas)
+            if answer.get("error", {}).get("err_code") in _TOO_FEW_SERVERS:
+                answer = await self._create(replicas=1)
         except Forbidden:
             raise DirectoryError(
                 f"the bucket {self._stream} is not there, and we may not make it: "
@@ -315,7 +326,20 @@ class _Bucket:
             raise DirectoryError(f"the bucket {self._stream} cannot be made: {error}")
         return (await jetstream.stream_info(self._stream)).config  # another was quicker
 
-    def _configuration(self) -> StreamConfig:
+    async def _create(self, replicas: int) -> dict[str, Any]:
+        configuration = self._configuration(replicas).as_dict()
+        return await self._ask(f"$JS.API.STREAM.CREATE.{self._stream}", configuration)
+
+    async def _spread(self) -> None:
+        """Have more servers keep the bucket, if they are there by now, and if we may."""
+        with contextlib.suppress(Forbidden, DirectoryError):
+            found = await self._ask(f"$JS.API.STREAM.INFO.{self._stream}", {})
+            wanted = found["config"] | {"num_replicas": self._replicas}
+            answer = await self._ask(f"$JS.API.STREAM.UPDATE.{self._stream}", wanted)
+            if "error" in answer:
+                log.debug("one server alone keeps %s: %s", self._stream, answer["error"])
+
+    def _configuration(self, replicas: int) -> StreamConfig:
         return StreamConfig(
             name=self._stream,
             subjects=[f"{self._subjects}>"],
@@ -323,7 +347,7 @@ class _Bucket:
             max_age=self._lease_seconds,
             duplicate_window=self._lease_seconds,
             storage=self._storage,
-            num_replicas=self._replicas,
+            num_replicas=replicas,
             discard=DiscardPolicy.NEW,
             max_msgs=MAX_BUCKET_RECORDS,
             max_msg_size=MAX_MESSAGE_BYTES,
@@ -350,7 +374,7 @@ class NatsDirectory(LeasedRecords):
         bucket: str = DEFAULT_BUCKET,
         lease_seconds: float = DEFAULT_LEASE_SECONDS,
         storage: StorageType = StorageType.FILE,
-        replicas: int = 1,
+        replicas: int = REPLICAS,
         *,
         leaders_only: bool = False,
         own_bus: bool = False,
