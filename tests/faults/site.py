@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -56,23 +56,30 @@ POLL_SECONDS = 0.05
 
 
 class Site:
-    """NATS on `nats`, a registry on `registry`, nodes on `a` and `b`, a witness on `witness`."""
+    """NATS, a registry on host `registry`, nodes on `a` and `b`, a witness on `witness`.
 
-    def __init__(self, world: World, folder: Path) -> None:
+    NATS is on host `nats`; or, with `servers`, a cluster on these hosts.
+    """
+
+    def __init__(self, world: World, folder: Path, servers: Sequence[str] = ("nats",)) -> None:
         self.world = world
         self._folder = folder
         self._seeds = iter(range(1, 1 << 20))
-        self.nats = NatsOnHost(world["nats"], folder / "nats")
-        self.nats.start()
+        hosts = [world[name] for name in servers]
+        peers = hosts if len(hosts) > 1 else ()
+        self.servers = [NatsOnHost(host, folder / host.name, peers) for host in hosts]
+        for server in self.servers:
+            server.start()
+        self.url = ",".join(server.url for server in self.servers)
         self.start_registry()
         self.a = self.start_node("a")
         self.b = self.start_node("b")
-        self.witness = world["witness"].run(Witness, self.nats.url, MEMBERSHIP_SECONDS)
+        self.witness = world["witness"].run(Witness, self.url, MEMBERSHIP_SECONDS)
 
     def start_registry(self) -> None:
         """Start one; questions are answered a little later."""
         self.world["registry"].start(
-            [sys.executable, "-m", "kvbm_service.cli", "registry", "--nats-url", self.nats.url],
+            [sys.executable, "-m", "kvbm_service.cli", "registry", "--nats-url", self.url],
             self._folder / "registry.log",
             ENVIRONMENT | {"KVBM_MEMBERSHIP_SECONDS": str(MEMBERSHIP_SECONDS)},
         )
@@ -80,7 +87,7 @@ class Site:
     def start_node(self, name: str) -> LightNode:
         """Start a node on the host of that name."""
         log = self._folder / f"{name}.log"
-        return LightNode(self.world[name], name, log, nats_url=self.nats.url, **SETTINGS)
+        return LightNode(self.world[name], name, log, nats_url=self.url, **SETTINGS)
 
     @property
     def nodes(self) -> tuple[LightNode, LightNode]:
@@ -153,9 +160,9 @@ class Site:
 
 
 @contextmanager
-def running(world: World, folder: Path) -> Iterator[Site]:
+def running(world: World, folder: Path, servers: Sequence[str] = ("nats",)) -> Iterator[Site]:
     """A site whose nodes read from each other."""
-    site = Site(world, folder)
+    site = Site(world, folder, servers)
     try:
         site.wait_until_shared(START_SECONDS)
         yield site
