@@ -165,12 +165,25 @@ def _snapshots(witness: Witness, scope: Scope, nodes: Sequence[str]) -> dict[str
     return {node: copies for node, copies in held.items() if copies is not None}
 
 
-def seconds_until_true(tell: Callable[[], str], patience_seconds: float) -> tuple[float, str]:
-    """How long until there is no untruth any more, and the last one if there still is."""
+class Healed(NamedTuple):
+    """How everyone came to agree again."""
+
+    seconds: float
+    """Until there was no untruth any more; or, if there still is, until patience was over."""
+    untruths: tuple[str, ...]
+    """What was untrue on the way, in order; the last of them still is if `not done`."""
+    done: bool
+
+
+def heal(tell: Callable[[], str], patience_seconds: float) -> Healed:
+    """Wait until there is nothing untrue to tell any more."""
     began = time.monotonic()
+    untruths: list[str] = []
     while True:
         problem = tell()
         waited = time.monotonic() - began
+        if problem and problem not in untruths[-1:]:
+            untruths.append(problem)
         if not problem or waited > patience_seconds:
-            return waited, problem
+            return Healed(waited, tuple(untruths), done=not problem)
         time.sleep(POLL_SECONDS)

@@ -24,6 +24,7 @@ def test_a_fault_costs_time_and_nothing_else(arena: Arena, load: Load, fault: Fa
         pytest.skip(f"nobody here can be struck: {fault.name}")
     seconds = SECONDS if fault.name in LASTING else fault.shortest_seconds
     result = suffer(arena, load, (Planned(0.0, fault.name, victims[-1], seconds),))
+    print(f"{fault.name}: {result.heal_seconds_max:.1f} s to heal; {result.untruths}")
     assert result.problems == []
     assert (result.wrong, result.stalls, result.leaks) == (0, 0, 0)
     assert result.requests > 0

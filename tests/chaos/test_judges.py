@@ -9,7 +9,7 @@ from kvbm_schemas.block import Tier
 from kvbm_schemas.records import TierStatus
 from kvbm_schemas.requests import Holder
 from kvbm_service.demo.talk import Answer
-from tests.chaos.judges import DEADLINE_SECONDS, Asked, Verdict, disagreement, judge, leaked
+from tests.chaos.judges import DEADLINE_SECONDS, Asked, Verdict, disagreement, heal, judge, leaked
 from tests.chaos.questions import Question
 from tests.chaos.report import last_line, passed
 from tests.chaos.trial import Result
@@ -76,6 +76,20 @@ def test_what_changed_while_it_was_looked_at_may_be_said_or_not() -> None:
     for said in ([(Holder("ann", Tier.HOST),)], [()]):
         assert disagreement([ONE], said, host, held()) == ""
         assert disagreement([ONE], said, held(), host) == ""
+
+
+def test_healing_is_over_at_the_first_moment_without_an_untruth() -> None:
+    told = iter(["no registry answers", "no registry answers", "bob says nothing", ""])
+    healed = heal(lambda: next(told), patience_seconds=60.0)
+    assert healed.done
+    assert healed.untruths == ("no registry answers", "bob says nothing")
+    assert 0 < healed.seconds < 60
+
+
+def test_what_does_not_heal_in_time_is_not_healed() -> None:
+    healed = heal(lambda: "bob says nothing", patience_seconds=0.2)
+    assert not healed.done
+    assert healed.seconds > 0.2
 
 
 def test_a_run_passes_only_if_nothing_is_wrong_late_leaking_or_otherwise_amiss() -> None:

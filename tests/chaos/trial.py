@@ -18,9 +18,9 @@ from tests.chaos.judges import (
     STALLS,
     Asked,
     Verdict,
+    heal,
     judge,
     leaks_of,
-    seconds_until_true,
 )
 from tests.chaos.load import Load
 from tests.chaos.member import Member
@@ -28,6 +28,7 @@ from tests.chaos.schedule import Card, Planned, Round
 
 WARM_SECONDS = 1.5
 """Load before the first fault of a round."""
+UNTRUTHS_SAID = 5
 CALM_SECONDS = 1.0
 """Load after everyone agrees again."""
 
@@ -45,6 +46,8 @@ class Result:
     """The longest of each kind of fault."""
     slowest_seconds: float = 0.0
     """The longest wait for an answer, halts not counted."""
+    untruths: tuple[str, ...] = ()
+    """What was untrue on the way to healing, of one round."""
     problems: list[str] = field(default_factory=list)
     """Everything that must not be, in words."""
 
@@ -103,8 +106,12 @@ def play(
         for plan in faults:
             say(f"  {plan}")
         result = suffer(arena, load, faults)
-        healed = f"all agree again after {result.heal_seconds_max:.1f} s"
-        say(f"  {result.requests} requests, {healed}")
+        say(
+            f"  {result.requests} requests, all agree again "
+            f"{result.heal_seconds_max:.1f} s after the last fault"
+        )
+        for untruth in result.untruths[:UNTRUTHS_SAID]:
+            say(f"    until then: {untruth}")
         for problem in result.problems:
             say(f"  {problem}")
         yield result
@@ -119,15 +126,16 @@ def suffer(arena: Arena, load: Load, faults: Round) -> Result:
         _strike_and_heal(arena, faults)
         down = arena.wait_up()
         allowed = max((BY_NAME[plan.kind].heal_seconds for plan in faults), default=REST_SECONDS)
-        healed_seconds, untruth = seconds_until_true(arena.untruth, allowed)
+        healed = heal(arena.untruth, allowed)
         time.sleep(CALM_SECONDS)
     finally:
         load.pause()
     result = Result(faults=Counter(plan.kind for plan in faults))
-    result.heal_seconds = {plan.kind: healed_seconds for plan in faults}
+    result.heal_seconds = {plan.kind: healed.seconds for plan in faults}
+    result.untruths = healed.untruths
     result.problems += [f"{name} does not come back" for name in down]
-    if untruth:
-        result.problems.append(f"not healed after {healed_seconds:.1f} s: {untruth}")
+    if not healed.done:
+        result.problems.append(f"not healed after {healed.seconds:.1f} s: {healed.untruths[-1]}")
     _judge_requests(arena, load.asked(start), result)
     _judge_rest(arena, result)
     return result
@@ -142,8 +150,8 @@ def _strike_and_heal(arena: Arena, faults: Round) -> None:
         heapq.heappush(todo, (seconds, next(ties), what))
 
     def strike(plan: Planned) -> None:
-        heal = BY_NAME[plan.kind].strike(arena, plan.victim)
-        at(plan.at_seconds + plan.seconds, lambda: (heal(), None)[1])
+        mend = BY_NAME[plan.kind].strike(arena, plan.victim)
+        at(plan.at_seconds + plan.seconds, lambda: (mend(), None)[1])
 
     for plan in faults:
         at(plan.at_seconds, lambda plan=plan: strike(plan))  # type: ignore[misc]
@@ -152,8 +160,8 @@ def _strike_and_heal(arena: Arena, faults: Round) -> None:
             time.sleep(max(0.0, began + todo[0][0] - time.monotonic()))
             heapq.heappop(todo)[2]()
     finally:
-        for _, _, heal in todo:  # something went wrong: leave nothing broken behind
-            heal()
+        for _, _, act in todo:  # something went wrong: leave nothing broken behind
+            act()
 
 
 def _judge_requests(arena: Arena, asked: Sequence[Asked], result: Result) -> None:
