@@ -94,11 +94,37 @@ class RecordStore(Protocol):
         ...
 
 
+class Rivals:
+    """Others' records that keep us out, and since when nobody has renewed them.
+
+    A store that forgets by a clock of its own keeps a dead owner's record for as long as that
+    clock is set back. Whoever is alive renews; so what has stood still for a lease, by our own
+    clock, is nobody's.
+    """
+
+    def __init__(self, lease_seconds: float) -> None:
+        self._lease_seconds = lease_seconds
+        self._met: dict[str, tuple[int, float]] = {}
+        """Revision, and when we first met it, by key; only of keys that we want ourselves."""
+
+    def abandoned(self, key: str, revision: int) -> bool:
+        """Whether this record, which is there now, has outlived its owner's lease."""
+        now = time.monotonic()
+        met, since = self._met.get(key, (0, now))
+        if met != revision:
+            self._met[key] = revision, now
+            return False
+        return now - since > self._lease_seconds
+
+
 class KeptRecord:
     """The `Membership` port: a record that is renewed, and made again whenever it is lost."""
 
-    def __init__(self, store: RecordStore, key: str, value: bytes, owner: str) -> None:
+    def __init__(
+        self, store: RecordStore, key: str, value: bytes, owner: str, rivals: Rivals
+    ) -> None:
         self.key = key
+        self._rivals = rivals
         self._store = store
         self._value = value
         self._owner = owner
@@ -178,12 +204,13 @@ class KeptRecord:
         """What to write over after a conflict.
 
         The record has expired, or was removed, or the store lost it, or a write of ours
-        arrived and its confirmation did not. Anything else is another's.
+        arrived and its confirmation did not, or its owner is gone. Anything else is another's.
         """
         stored = await self._store.read(self.key)
         if stored is None:
             return 0
-        if stored.value is not None and stored.owner != self._owner:
+        others = stored.value is not None and stored.owner != self._owner
+        if others and not self._rivals.abandoned(self.key, stored.revision):
             self._taken = True
             raise NameTaken(
                 f"a live node is already called {self.key}: give each node a name of its own "
@@ -285,6 +312,7 @@ class LeasedRecords:
         self._store = store
         self._owner = secrets.token_hex(8)
         self._kept: dict[str, KeptRecord] = {}
+        self._rivals = Rivals(store.lease_seconds)
 
     @property
     def lease_seconds(self) -> float:
@@ -297,7 +325,7 @@ class LeasedRecords:
         kept = self._kept.get(key)
         if kept is not None and not kept.left:
             raise NameTaken(f"{key} is in the directory already, by this very process")
-        record = self._kept[key] = KeptRecord(self._store, key, value, self._owner)
+        record = self._kept[key] = KeptRecord(self._store, key, value, self._owner, self._rivals)
         try:
             await record.start()
         except BaseException:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import NamedTuple
 
 from kvbm_service.adapters.leased_records import Conflict, LeasedRecords, Sighting, Stored
@@ -55,15 +55,17 @@ class _Follower:
 class Records:
     """What the directories of one event loop have in common."""
 
-    def __init__(self, lease_seconds: float) -> None:
+    def __init__(self, lease_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` is what records are forgotten by."""
         self.lease_seconds = lease_seconds
+        self.clock = clock
         self.followers: dict[_Follower, None] = {}
         self._written: dict[str, _Written] = {}
         self._revision = 0
 
     def live(self) -> dict[str, _Written]:
         """What has been written less than a lease ago."""
-        oldest = time.monotonic() - self.lease_seconds
+        oldest = self.clock() - self.lease_seconds
         self._written = {key: each for key, each in self._written.items() if each.at > oldest}
         return self._written
 
@@ -73,7 +75,7 @@ class Records:
         if (there.stored.revision if there else 0) != expected:
             raise Conflict(f"{key} was changed by another")
         self._revision += 1
-        self._written[key] = _Written(Stored(value, owner, self._revision), time.monotonic())
+        self._written[key] = _Written(Stored(value, owner, self._revision), self.clock())
         for follower in list(self.followers):
             follower.put(Sighting(key, value, self._revision))
         return self._revision
@@ -112,7 +114,7 @@ class _Store:
         self._require_reachable()
         follower = _Follower(prefix)
         self._followers[follower] = self._records.followers[follower] = None
-        now = time.monotonic()
+        now = self._records.clock()
         there = [
             Sighting(key, each.stored.value, each.stored.revision, now - each.at)
             for key, each in self._records.live().items()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import pytest
 
 from kvbm_service.adapters.directory import Change
 from kvbm_service.adapters.leased_records import LeasedRecords
+from kvbm_service.adapters.memory_directory import MemoryDirectory, Records
 from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
 from kvbm_service.adapters.nats_server import EmbeddedNats
@@ -110,6 +112,30 @@ async def test_a_name_that_was_left_can_be_had_at_once(directories: DirectoryWor
     assert await other.entries() == []
     await other.join(KEY, b"second")
     assert [entry.value for entry in await one.entries()] == [b"second"]
+
+
+async def test_a_dead_nodes_name_is_free_also_where_the_stores_clock_stands_still() -> None:
+    records = Records(LEASE_SECONDS, clock=lambda: 0.0)
+    one, other = MemoryDirectory(records), MemoryDirectory(records)
+    await one.join(KEY, b"first")
+    deadline = time.monotonic() + 2 * LEASE_SECONDS
+    while time.monotonic() < deadline:  # it lives: nobody gets its name, however long they ask
+        with pytest.raises(NameTaken):
+            await other.join(KEY, b"second")
+        await asyncio.sleep(0.05)
+    one.cut()
+    died = time.monotonic()
+    async with asyncio.timeout(10 * LEASE_SECONDS):
+        while True:
+            with contextlib.suppress(NameTaken):
+                await other.join(KEY, b"second")
+                break
+            await asyncio.sleep(0.05)
+    assert time.monotonic() - died > LEASE_SECONDS / 2, "it may have been renewed just before"
+    assert [entry.value for entry in await other.entries()] == [b"second"]
+    await other.close()
+    one.heal()
+    await one.close()
 
 
 async def test_the_name_of_a_dead_node_is_free_when_its_lease_ends(
