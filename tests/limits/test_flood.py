@@ -58,7 +58,9 @@ async def test_a_flooded_registry_sheds_in_bounded_memory_answers_and_heals(
     after = await registry.status()
     assert after["troubles"]["dropped"] > 0, "it could not take all"
     assert after["counts"]["resyncs"] > before["counts"]["resyncs"], "it noticed"
-    assert after["peak_bytes"] - before["rss_bytes"] < GROWTH_BYTES
+    # Compiling at the start may have taken more than the flood does.
+    most = max(before["peak_bytes"], before["rss_bytes"] + GROWTH_BYTES)
+    assert after["peak_bytes"] <= most
     assert "arrive faster than they are handled" in registry.log
     assert registry.log.count("arrive faster") < 10, "said once for each time it falls behind"
 
