@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from kvbm_schemas.block import unpack
-from kvbm_schemas.events import Stored
+from kvbm_schemas.events import Removed, Stored
 from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters.embedded_server import EmbeddedServer
 from kvbm_service.adapters.etcd_server import EmbeddedEtcd, etcd_binary
@@ -20,7 +20,13 @@ from kvbm_service.adapters.nats_server import EmbeddedNats
 from kvbm_service.demo.engine import Engine, EngineOptions, share_cores
 from kvbm_service.demo.model import SHAPES
 from kvbm_service.errors import DirectoryError
-from tests.chaos.judges import LOOKUP_SECONDS, STAGING_SECONDS, TRANSFER_SECONDS, untruth
+from tests.chaos.judges import (
+    LOOKUP_SECONDS,
+    STAGING_SECONDS,
+    TRANSFER_SECONDS,
+    Heard,
+    untruth,
+)
 from tests.chaos.member import Member
 from tests.chaos.passage import Passages
 from tests.chaos.questions import Conversation, conversations
@@ -86,7 +92,7 @@ class Arena:
         self.nats = EmbeddedNats(store_dir=folder / "nats")
         self.etcd = EmbeddedEtcd(store_dir=folder / "etcd") if on_etcd else None
         self._ending = ExitStack()
-        self._heard: set[bytes] = set()
+        self._heard = Heard(set(), [])
         self._heard_until = 0
 
     def __enter__(self) -> Self:
@@ -208,12 +214,15 @@ class Arena:
 
     def untruth(self) -> str:
         """How some registry's view differs from what the nodes hold; "" if it does not."""
-        return untruth(self.witness, self.scopes, self._all_heard())
+        return untruth(self.witness, self.scopes, self._hear)
 
-    def _all_heard(self) -> set[bytes]:
-        """Every block that anyone has told of so far."""
+    def _hear(self) -> Heard:
+        """What nodes have told of so far."""
         for heard in self.witness.since(self._heard_until):
             self._heard_until += 1
-            if isinstance(heard.message, Stored):
-                self._heard.update(unpack(heard.message.hashes))
+            if isinstance(heard.message, Stored | Removed):
+                blocks = unpack(heard.message.hashes)
+                self._heard.told.extend(blocks)
+                if isinstance(heard.message, Stored):
+                    self._heard.ever.update(blocks)
         return self._heard

@@ -25,6 +25,8 @@ READ_SECONDS = 5.0
 """How long to wait for someone to read from the node that is to die meanwhile."""
 HOUR_SECONDS = 3600
 SLOW_SECONDS = 0.05
+HEAL_SECONDS = 30.0
+"""A few seconds on a quiet machine: a lease on a membership, a retry, a snapshot."""
 
 
 class Fault(NamedTuple):
@@ -212,23 +214,30 @@ NATS = partial(server, EmbeddedNats.NAME)
 ETCD = partial(server, EmbeddedEtcd.NAME)
 
 FAULTS = (
-    Fault("leader stopped", nodes, 1, 6, stop_leader, 20),
-    Fault("rank stopped", ranks, 1, 6, stop_rank, 20),
-    Fault("registry killed", registries, 0.5, 4, kill_registry, 20),
-    Fault("registry stopped", registries, 1, 6, stop_registry, 20),
-    Fault("NATS killed", NATS, 0.5, 4, kill_server, 20),
-    Fault("NATS killed and wiped", NATS, 0.5, 4, wipe_nats, 20),
-    Fault("NATS stopped", NATS, 1, 6, stop_server, 20),
-    Fault("etcd killed", ETCD, 0.5, 4, kill_server, 20),
-    Fault("etcd stopped", ETCD, 1, 6, stop_server, 20),
-    Fault("connection cut", nodes, 1, 6, partial(change_way, Way(cut=True)), 20),
-    Fault("nothing gets in", nodes, 1, 6, partial(change_way, Way(deaf=True)), 20),
-    Fault("nothing gets out", nodes, 1, 6, partial(change_way, Way(mute=True)), 20),
-    Fault("connection slow", nodes, 1, 6, partial(change_way, Way(delay_seconds=SLOW_SECONDS)), 20),
-    Fault("clock goes ahead", clocks, 1, 5, partial(shift_clock, HOUR_SECONDS), 20),
-    Fault("clock goes back", clocks, 1, 5, partial(shift_clock, -HOUR_SECONDS), 20),
-    Fault("disk full", with_disk, 1, 4, fill_disk, 20),
-    Fault("rank killed", ranks, 1, 3, kill_rank, 20, restarts=True),
-    Fault("engine killed", nodes, 0.5, 3, kill_engine, 20, restarts=True),
-    Fault("killed while read from", sharers, 1, 3, kill_while_read, 20, restarts=True),
+    Fault("leader stopped", nodes, 1, 6, stop_leader, HEAL_SECONDS),
+    Fault("rank stopped", ranks, 1, 6, stop_rank, HEAL_SECONDS),
+    Fault("registry killed", registries, 0.5, 4, kill_registry, HEAL_SECONDS),
+    Fault("registry stopped", registries, 1, 6, stop_registry, HEAL_SECONDS),
+    Fault("NATS killed", NATS, 0.5, 4, kill_server, HEAL_SECONDS),
+    Fault("NATS killed and wiped", NATS, 0.5, 4, wipe_nats, HEAL_SECONDS),
+    Fault("NATS stopped", NATS, 1, 6, stop_server, HEAL_SECONDS),
+    Fault("etcd killed", ETCD, 0.5, 4, kill_server, HEAL_SECONDS),
+    Fault("etcd stopped", ETCD, 1, 6, stop_server, HEAL_SECONDS),
+    Fault("connection cut", nodes, 1, 6, partial(change_way, Way(cut=True)), HEAL_SECONDS),
+    Fault("nothing gets in", nodes, 1, 6, partial(change_way, Way(deaf=True)), HEAL_SECONDS),
+    Fault("nothing gets out", nodes, 1, 6, partial(change_way, Way(mute=True)), HEAL_SECONDS),
+    Fault(
+        "connection slow",
+        nodes,
+        1,
+        6,
+        partial(change_way, Way(delay_seconds=SLOW_SECONDS)),
+        HEAL_SECONDS,
+    ),
+    Fault("clock goes ahead", clocks, 1, 5, partial(shift_clock, HOUR_SECONDS), HEAL_SECONDS),
+    Fault("clock goes back", clocks, 1, 5, partial(shift_clock, -HOUR_SECONDS), HEAL_SECONDS),
+    Fault("disk full", with_disk, 1, 4, fill_disk, HEAL_SECONDS),
+    Fault("rank killed", ranks, 1, 3, kill_rank, HEAL_SECONDS, restarts=True),
+    Fault("engine killed", nodes, 0.5, 3, kill_engine, HEAL_SECONDS, restarts=True),
+    Fault("killed while read from", sharers, 1, 3, kill_while_read, HEAL_SECONDS, restarts=True),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from kvbm_schemas.block import Tier
@@ -105,17 +106,30 @@ def leaks_of(witness: Witness, scope: Scope, node: str) -> int:
 # -- what the registry says --------------------------------------------------------------------
 
 
+class Heard(NamedTuple):
+    """Blocks that nodes have told of."""
+
+    ever: set[bytes]
+    """All that anyone has stored."""
+    told: list[bytes]
+    """Each block as often as anyone has stored or removed it, in order."""
+
+
 def disagreement(
     blocks: Sequence[bytes],
     placed: Placements,
     before: Mapping[str, set[Copy]],
     after: Mapping[str, set[Copy]],
+    restless: AbstractSet[bytes] = frozenset(),
 ) -> str:
     """How what a registry says differs from what the nodes held before and after; "" if not.
 
-    What came or went meanwhile may be said or not.
+    What came or went meanwhile may be said or not. `restless` blocks did, though they may be
+    held before and after.
     """
     for block, holders in zip(blocks, placed, strict=True):
+        if block in restless:
+            continue
         said = {(holder.node, holder.tier) for holder in holders}
         always = {(n, t) for n in before for t in Tier if (block, t) in before[n] & after[n]}
         ever = {(n, t) for n in before for t in Tier if (block, t) in before[n] | after[n]}
@@ -126,25 +140,28 @@ def disagreement(
     return ""
 
 
-def untruth(witness: Witness, scopes: Mapping[str, Scope], heard: set[bytes]) -> str:
+def untruth(witness: Witness, scopes: Mapping[str, Scope], tell_heard: Callable[[], Heard]) -> str:
     """What keeps any registry's view from being the nodes' own; "" if nothing does.
 
-    `scopes` has the scope of each node; `heard` are blocks that somebody had at some time.
+    `scopes` has the scope of each node; `tell_heard` tells what has been heard so far.
     """
+    start = len(tell_heard().told)
     for scope in set(scopes.values()):
         nodes = [node for node in scopes if scopes[node] == scope]
         before = _snapshots(witness, scope, nodes)
         if isinstance(before, str):
             return before
-        blocks = sorted(heard.union(*({name for name, _ in held} for held in before.values())))
+        known = tell_heard().ever
+        blocks = sorted(known.union(*({name for name, _ in held} for held in before.values())))
         views = [_placements(witness, scope, blocks) for _ in range(ASKED_TIMES)]
         after = _snapshots(witness, scope, nodes)
         if isinstance(after, str):
             return after
+        restless = set(tell_heard().told[start:])
         for placed in views:
             if len(placed) != len(blocks):
                 return "no registry answers"
-            if problem := disagreement(blocks, placed, before, after):
+            if problem := disagreement(blocks, placed, before, after, restless):
                 return problem
     return ""
 

@@ -78,6 +78,12 @@ def test_what_changed_while_it_was_looked_at_may_be_said_or_not() -> None:
         assert disagreement([ONE], said, held(), host) == ""
 
 
+def test_what_has_gone_and_come_back_while_it_was_looked_at_may_be_said_or_not() -> None:
+    host = held((ONE, Tier.HOST))
+    assert disagreement([ONE], [()], host, host) != ""
+    assert disagreement([ONE], [()], host, host, restless={ONE}) == ""
+
+
 def test_healing_is_over_at_the_first_moment_without_an_untruth() -> None:
     told = iter(["no registry answers", "no registry answers", "bob says nothing", ""])
     healed = heal(lambda: next(told), patience_seconds=60.0)

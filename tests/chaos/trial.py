@@ -180,7 +180,10 @@ def _judge_requests(arena: Arena, asked: Sequence[Asked], result: Result) -> Non
 
 
 def _judge_rest(arena: Arena, result: Result) -> None:
-    """Nobody asks anything now."""
+    """Nobody asks anything now: what registries say must be all true."""
+    agreed = heal(arena.untruth, REST_SECONDS)
+    if not agreed.done:
+        result.problems.append(f"at rest, {agreed.untruths[-1]}")
     for name, member in arena.members.items():
         if not member.up:
             continue
