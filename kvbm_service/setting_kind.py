@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from kvbm_schemas.subjects import REGISTRY_NODE, is_token
-
-MASK = "****"
-"""Shown instead of a secret."""
+from kvbm_service.adapters.masking import MASK, shown_path, shown_urls, shown_value
 
 
 class Kind(NamedTuple):
@@ -24,6 +22,8 @@ class Kind(NamedTuple):
     parse: Callable[[object], Any]
     show: Callable[[Any], str | float | bool] = lambda value: value
     """The parsed value as it may be printed: in the unit it was given in, secrets masked."""
+    show_refused: Callable[[str], str] = shown_value
+    """A value that could not be parsed, as it may be printed."""
 
 
 def _number(value: object) -> float:
@@ -110,7 +110,7 @@ _TOKEN_WORDS = "1 to 64 letters, digits, - or _"
 TOKEN = Kind(_TOKEN_WORDS, _parse_token)
 NODE_NAME = Kind(f"{_TOKEN_WORDS}; not {REGISTRY_NODE!r}, which is reserved", _parse_node_name)
 
-_NATS_SCHEMES = ("nats", "tls", "ws", "wss")
+_NATS_SCHEMES = ("nats", "tls")
 _ETCD_SCHEMES = ("etcd", "etcds")
 
 
@@ -159,12 +159,13 @@ def _mask_url(url: str) -> str:
     return f"{scheme}{separator}{name + colon if colon else ''}{MASK}@{server}" if at else url
 
 
-_NATS_WORDS = "nats://host:port (or tls://, ws://, wss://)"
-URLS = Kind(f"{_NATS_WORDS}, several joined by commas", _parse_urls, mask_urls)
+_NATS_WORDS = "nats://host:port (or tls://)"
+URLS = Kind(f"{_NATS_WORDS}, several joined by commas", _parse_urls, mask_urls, shown_urls)
 DIRECTORY_URLS = Kind(
     f"etcd://host:port (or etcds://) or {_NATS_WORDS}, several of one kind joined by commas",
     _parse_directory_urls,
     mask_urls,
+    shown_urls,
 )
 
 
@@ -180,8 +181,12 @@ def _parse_file(value: object) -> str:
     return str(path.absolute()) if value else ""
 
 
-CREDENTIALS = Kind("the path of a .creds file (or nkey seed) that can be read", _parse_file)
-PEM = Kind("the path of a PEM file that can be read", _parse_file)
+CREDENTIALS = Kind(
+    "the path of a .creds file (or nkey seed) that can be read",
+    _parse_file,
+    show_refused=shown_path,
+)
+PEM = Kind("the path of a PEM file that can be read", _parse_file, show_refused=shown_path)
 
 
 def _parse_directory(value: object) -> str:

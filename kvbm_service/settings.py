@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple, Self
 import msgspec
 
 from kvbm_schemas.codec import Wire
+from kvbm_service.adapters.masking import MASK
 from kvbm_service.core.offload_filter import HIGHEST_FREQUENCY, MAX_ENTRIES
 from kvbm_service.errors import SettingError
 from kvbm_service.setting_kind import (
@@ -32,7 +33,6 @@ from kvbm_service.setting_kind import (
     DIRECTORY,
     DIRECTORY_OR_NONE,
     DIRECTORY_URLS,
-    MASK,
     NODE_NAME,
     NOWHERE,
     PEM,
@@ -509,14 +509,15 @@ def resolve(layers: Sequence[Layer]) -> Resolved:
             field = _field_of(key, layer.source)
             if field is not None and value != "" and value is not None:
                 if field in given:
-                    raise SettingError(key, _masked(value), f"{given[field]} says it already")
+                    shown = _shown(TABLE[field].kind, value)
+                    raise SettingError(key, shown, f"{given[field]} says it already")
                 given[field] = key
                 values[field] = _parsed(field, key, value)
                 sources[field] = layer.source
             elif field is None and why_unused(key):
                 unused.append(key)
             elif field is None and layer.source is not Source.ENVIRONMENT:
-                raise SettingError(key, _masked(value), f"unknown key; nearest is {nearest(key)}")
+                raise SettingError(key, MASK, f"unknown key; nearest is {nearest(key)}")
             elif field is None and key.startswith(OUR_PREFIXES) and key not in USED_ELSEWHERE:
                 unknown[key] = nearest(key)
     return Resolved(Settings(**values), sources, tuple(sorted(set(unused))), unknown)
@@ -537,7 +538,7 @@ def _parsed(field: str, key: str, value: object) -> object:
     try:
         return kind.parse(value)
     except (ValueError, TypeError, OverflowError):
-        raise SettingError(key, _masked(value), kind.allowed) from None
+        raise SettingError(key, _shown(kind, value), kind.allowed) from None
 
 
 def nearest(name: str) -> str:
@@ -547,11 +548,9 @@ def nearest(name: str) -> str:
     return difflib.get_close_matches(name, same_case, n=1, cutoff=0.0)[0]
 
 
-def _masked(value: object) -> object:
-    """A refused value as it may be shown: not knowing its parts, hide all that may be a login."""
-    if not isinstance(value, str) or "@" not in value:
-        return value
-    return f"{MASK}@{value.rpartition('@')[2]}"
+def _shown(kind: Kind, value: object) -> object:
+    """A refused value as it may be shown."""
+    return kind.show_refused(value) if isinstance(value, str) else value
 
 
 @functools.lru_cache(maxsize=256)

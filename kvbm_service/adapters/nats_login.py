@@ -10,6 +10,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from nats.aio.client import RawCredentials
 
+from kvbm_service.adapters.masking import shown_urls
 from kvbm_service.errors import SettingError
 
 URL_SETTING = "KVBM_NATS_URL"
@@ -35,6 +36,9 @@ class Server(NamedTuple):
     url: str
     user: str = ""
     password: str | None = None
+
+    def __repr__(self) -> str:
+        return self.url
 
 
 class TlsFiles(NamedTuple):
@@ -80,6 +84,9 @@ class Login(NamedTuple):
 
     def __str__(self) -> str:
         return ",".join(server.url for server in self.servers)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     @property
     def must_encrypt(self) -> bool:
@@ -132,9 +139,9 @@ def _server(url: str) -> Server:
         parts = urlsplit(url if "://" in url else f"nats://{url}")
         host, port = parts.hostname, parts.port or DEFAULT_PORT
     except ValueError:
-        raise SettingError(URL_SETTING, _without_secrets(url), _URL_ALLOWED) from None
+        raise SettingError(URL_SETTING, shown_urls(url), _URL_ALLOWED) from None
     if parts.scheme not in _SCHEMES or not host or parts.path not in ("", "/") or " " in url:
-        raise SettingError(URL_SETTING, _without_secrets(url), _URL_ALLOWED)
+        raise SettingError(URL_SETTING, shown_urls(url), _URL_ALLOWED)
     shown = f"{parts.scheme}://{_bracketed(host)}:{port}"
     return Server(shown, *_userinfo(parts))
 
@@ -146,10 +153,6 @@ def _userinfo(parts: SplitResult) -> tuple[str, str | None]:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _without_secrets(url: str) -> str:
-    return re.sub(r"//[^/]*@", "//***@", url) if "//" in url else url.rpartition("@")[2]
 
 
 def _why(error: OSError) -> str:

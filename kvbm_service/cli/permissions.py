@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from kvbm_service.adapters import nats_permissions
-from kvbm_service.adapters.nats_permissions import Permissions
 from kvbm_service.cli.options import Namespace
 from kvbm_service.errors import SettingError
 from kvbm_service.setting_kind import NODE_NAME, TOKEN, Kind
@@ -25,13 +22,6 @@ class Role(enum.StrEnum):
     REGISTRY = "registry"
     OBSERVER = "observer"
     OPERATOR = "operator"
-
-
-_OF_ANY_NAME: dict[Role, Callable[[str], Permissions]] = {
-    Role.REGISTRY: nats_permissions.registry,
-    Role.OBSERVER: nats_permissions.observer,
-    Role.OPERATOR: lambda namespace: nats_permissions.operator(),
-}
 
 
 def permissions(
@@ -55,16 +45,22 @@ def permissions(
       kvbm permissions node --node node-3 > node-3.conf
       kvbm permissions observer --namespace team-a > observer-team-a.conf
     """
+    from kvbm_service.adapters import nats_permissions  # brings nats-py along
+
     if namespace is not None:
         _check("--namespace", namespace, TOKEN)
+    if role is not Role.NODE and node:
+        raise SettingError("--node", node[0], f"one {role} may do as much as another")
     if role is Role.NODE:
         for name in node or [""]:
             _check("--node", name, NODE_NAME)
         allowed = nats_permissions.node(namespace or DEFAULT_NAMESPACE, *node or ())
-    elif node:
-        raise SettingError("--node", node[0], f"one {role} may do as much as another")
+    elif role is Role.REGISTRY:
+        allowed = nats_permissions.registry(namespace or ANY_NAMESPACE)
+    elif role is Role.OBSERVER:
+        allowed = nats_permissions.observer(namespace or ANY_NAMESPACE)
     else:
-        allowed = _OF_ANY_NAME[role](namespace or ANY_NAMESPACE)
+        allowed = nats_permissions.operator()
     typer.echo(nats_permissions.as_configuration(allowed), nl=False)
 
 
