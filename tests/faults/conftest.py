@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.faults.site import Site, running
 from tests.world.skipping import world_or_skip
+
+TEST_SECONDS = 400
+"""More than the sum of a test's deadlines, and of what starts before the first of a file."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Outages last, so tests of this folder may take longer than others."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 @pytest.fixture(scope="module")

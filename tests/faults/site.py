@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ from kvbm_service.adapters.nixl_reader import QUIET_SECONDS
 from kvbm_service.core.cursor import MAX_RESYNC_SECONDS
 from kvbm_service.core.peers import SHUN_SECONDS
 from tests.faults.light_engine import SCOPE, Answer, Chain
-from tests.faults.light_node import ENVIRONMENT, LightNode, chain
+from tests.faults.light_node import LightNode, chain
 from tests.integration.witness import Witness
 from tests.world import World
 from tests.world.nats import NatsOnHost
+from tests.world.registry import start_registry
 
 MEMBERSHIP_SECONDS = 4.0
 LOOKUP_SECONDS = 1.0
@@ -71,18 +71,11 @@ class Site:
         for server in self.servers:
             server.start()
         self.url = ",".join(server.url for server in self.servers)
-        self.start_registry()
+        log = folder / "registry.log"
+        start_registry(world["registry"], self.url, log, MEMBERSHIP_SECONDS)
         self.a = self.start_node("a")
         self.b = self.start_node("b")
         self.witness = world["witness"].run(Witness, self.url, MEMBERSHIP_SECONDS)
-
-    def start_registry(self) -> None:
-        """Start one; questions are answered a little later."""
-        self.world["registry"].start(
-            [sys.executable, "-m", "kvbm_service.cli", "registry", "--nats-url", self.url],
-            self._folder / "registry.log",
-            ENVIRONMENT | {"KVBM_MEMBERSHIP_SECONDS": str(MEMBERSHIP_SECONDS)},
-        )
 
     def start_node(self, name: str) -> LightNode:
         """Start a node on the host of that name."""
