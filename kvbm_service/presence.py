@@ -74,5 +74,3 @@ async def _next_epoch(directory: Directory, key: str) -> int:
         if isinstance(record, NodeRecord):
             epoch = max(epoch, record.epoch + 1)
     return epoch
-
-

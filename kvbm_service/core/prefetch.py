@@ -110,9 +110,7 @@ class Prefetch:
 
     # -- from other nodes --------------------------------------------------------------
 
-    def _from_others(
-        self, request: str, reader: Reader, effects: list[Effect], now: float
-    ) -> None:
+    def _from_others(self, request: str, reader: Reader, effects: list[Effect], now: float) -> None:
         absent = self._tiers.absent(reader.chain, reader.computed)
         for segment, start, end in reader.located(absent):
             room = self._budget - self._brought
@@ -123,9 +121,7 @@ class Prefetch:
             attempt = self._orders.next_op()
             self._asked[attempt] = _Asked(request, segment.node, start, blocks)
             effects.append(
-                AskOwner(
-                    request, attempt, segment.node, start, pack(blocks), self._answer_seconds
-                )
+                AskOwner(request, attempt, segment.node, start, pack(blocks), self._answer_seconds)
             )
             self._count(reader, len(blocks))
 
