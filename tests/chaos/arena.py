@@ -181,8 +181,11 @@ class Arena:
     def _right_answers(self) -> list[Conversation]:
         """Have an engine without any cache answer everything, and end it."""
         log = self.folder / "reference.log"
-        with Engine(EngineOptions(model=self._model, log=log, device_blocks=64)) as engine:
+        engine = Engine(EngineOptions(model=self._model, log=log, device_blocks=64))
+        try:
             return conversations(Reference(engine))
+        finally:
+            engine.kill()
 
     # -- what is struck, beside members and registries -------------------------------------------
 

@@ -236,7 +236,7 @@ FAULTS = (
     ),
     Fault("clock goes ahead", clocks, 1, 5, partial(shift_clock, HOUR_SECONDS), HEAL_SECONDS),
     Fault("clock goes back", clocks, 1, 5, partial(shift_clock, -HOUR_SECONDS), HEAL_SECONDS),
-    Fault("disk full", with_disk, 1, 4, fill_disk, HEAL_SECONDS),
+    Fault("disk full", with_disk, 3, 8, fill_disk, HEAL_SECONDS),
     Fault("rank killed", ranks, 1, 3, kill_rank, HEAL_SECONDS, restarts=True),
     Fault("engine killed", nodes, 0.5, 3, kill_engine, HEAL_SECONDS, restarts=True),
     Fault("killed while read from", sharers, 1, 3, kill_while_read, HEAL_SECONDS, restarts=True),
