@@ -187,9 +187,10 @@ class LeaderService:
         Raises:
             RanksMissing: some did not, and the time is up.
         """
-        waited = self.waited_for_ranks
-        if waited >= self._settings.leader_worker_init_timeout_seconds:
-            self._roster.require_all(waited)
+        patience = self._settings.leader_worker_init_timeout_seconds
+        if self._clock() - self._incomplete_since >= patience:
+            with self._lock:
+                self._roster.require_all(patience)
 
     def _make_core(self) -> Leader:
         records = self._roster.records
@@ -212,11 +213,6 @@ class LeaderService:
     def _evicted(self) -> dict[Tier, int]:
         nothing: dict[Tier, int] = {}
         return self._with_core(lambda core: dict(core.tiers.evicted), nothing)
-
-    @property
-    def waited_for_ranks(self) -> float:
-        """Seconds since a rank was missing for the last time, or is."""
-        return self._clock() - self._incomplete_since
 
     # -- engine side -------------------------------------------------------------------------
 
