@@ -97,7 +97,7 @@ def play(
     seconds: float,
     say: Callable[[str], object],
 ) -> Iterator[Result]:
-    """Play rounds until the time is over, and tell of each as it goes."""
+    """Play rounds until the time is over or someone does not come back, and tell of each."""
     began = time.monotonic()
     for number, faults in enumerate(rounds, 1):
         if time.monotonic() - began > seconds:
@@ -115,6 +115,8 @@ def play(
         for problem in result.problems:
             say(f"  {problem}")
         yield result
+        if arena.wait_up():
+            return
 
 
 def suffer(arena: Arena, load: Load, faults: Round) -> Result:
@@ -133,7 +135,9 @@ def suffer(arena: Arena, load: Load, faults: Round) -> Result:
     result = Result(faults=Counter(plan.kind for plan in faults))
     result.heal_seconds = {plan.kind: healed.seconds for plan in faults}
     result.untruths = healed.untruths
-    result.problems += [f"{name} does not come back" for name in down]
+    for name in down:
+        why = arena.members[name].engine.what_went_wrong()
+        result.problems.append(f"{name} does not come back: {why}")
     if not healed.done:
         result.problems.append(f"not healed after {healed.seconds:.1f} s: {healed.untruths[-1]}")
     _judge_requests(arena, load.asked(start), result)
@@ -193,7 +197,6 @@ def _judge_rest(arena: Arena, result: Result) -> None:
             result.verdicts[Verdict.LOST] += 1
             result.problems.append(f"{name} ended by itself: {error}")
             member.restart()
-            member.wait_up(REST_SECONDS)
             continue
         if held:
             result.problems.append(f"{name} holds device blocks")
