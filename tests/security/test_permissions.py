@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,13 +29,14 @@ from kvbm_schemas.requests import (
     Segment,
 )
 from kvbm_schemas.step import Fetch
-from kvbm_schemas.subjects import REGISTRY_NODE
+from kvbm_schemas.subjects import REGISTRY_NODE, node_inbox
 from kvbm_service.adapters import nats_permissions
 from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
 from kvbm_service.adapters.nats_login import TlsFiles
 from kvbm_service.errors import BusUnavailable, DirectoryError, Forbidden
 from kvbm_service.presence import decode_record
+from tests.security import jwts
 from tests.security.cluster import CHAINS, SCOPE, Cluster, rank_record
 from tests.security.conftest import Kvbm
 from tests.security.patience import eventually
@@ -414,3 +416,40 @@ async def test_who_may_not_make_the_bucket_says_who_has_to(tmp_path: Path, kvbm:
         done = await asyncio.to_thread(kvbm, "ls", environ=shipped.environ("observer"))
         assert done.returncode == 1
         assert "with the operator's credentials" in done.stderr
+
+
+async def test_a_further_node_is_let_in_by_a_reload_and_an_old_one_is_cut_off(
+    tmp_path: Path, kvbm: Kvbm
+) -> None:
+    folder = tmp_path / "conf"
+    shutil.copytree(CONFIGURATION, folder)
+    key, seed = jwts.Key(jwts.USER), tmp_path / "node-3.nk"
+    seed.write_bytes(key.seed)
+    printed = await asyncio.to_thread(kvbm, "permissions", "node", "--node", "node-3")
+    (folder / "node-3.conf").write_text(printed.stdout)
+    with shipped_nats(tmp_path, folder) as shipped:
+        old = await shipped.bus("node-2", node_inbox("default", "node-2"))
+        main = folder / "kvbm.conf"
+        lines = main.read_text().splitlines(keepends=True)
+        changed = [
+            f'{{ nkey: "{key.public}", include "node-3.conf" }}\n' if '"node-2"' in line else line
+            for line in lines
+        ]
+        assert changed != lines
+        main.write_text("".join(changed))
+        await asyncio.to_thread(shipped.server.reload)
+        await eventually(lambda: not old.connected)
+        new = await NatsBus.connect(
+            shipped.server.url(),
+            str(seed),
+            tls=TlsFiles(ca=shipped.ca),
+            inbox=node_inbox("default", "node-3"),
+        )
+        assert new.connected
+        with pytest.raises(Forbidden):
+            await new.request(SCOPE.of("node-2", "events"), FORGED, 5.0)
+        await new.publish(SCOPE.of("node-3", "events"), FORGED)
+        await new.client.flush()
+        assert not [line for line in shipped.server.logged().splitlines() if "node-3.ev" in line]
+        await new.close()
+        await old.close()
