@@ -41,7 +41,7 @@ LEASE_SECONDS = 5.0
 START_SECONDS = 300.0
 REGISTRIES = 2
 HOST_BLOCKS = 48
-DISK_BLOCKS = 160
+DISK_BLOCKS = 96
 BLOCK_BYTES = SHAPES["tiny"].kv_bytes_per_token * 32
 SETTINGS = {
     "KVBM_VERIFY": False,  # as users run it: what is doubtful is found out without
@@ -157,6 +157,7 @@ class Arena:
                 "KVBM_HOST_CACHE_DIR": str(self._memory),
                 "DYN_KVBM_DISK_CACHE_DIR": str(self.folder / f"{kind.name}-disk"),
                 "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": DISK_BLOCKS,
+                "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": True,  # it is to be busy
             }
             (self.folder / f"{kind.name}-disk").mkdir(exist_ok=True)
 

@@ -25,6 +25,7 @@ READ_SECONDS = 5.0
 """How long to wait for someone to read from the node that is to die meanwhile."""
 HOUR_SECONDS = 3600
 SLOW_SECONDS = 0.05
+GIVEN_UP = "the disk tier is given up"
 HEAL_SECONDS = 30.0
 """A few seconds on a quiet machine: a lease on a membership, a retry, a snapshot."""
 
@@ -40,6 +41,8 @@ class Fault(NamedTuple):
     """Called with the arena and the victim; what it returns heals."""
     heal_seconds: float
     """How soon after healing everyone agrees again. An engine's start is not counted."""
+    says: str = ""
+    """What a node that is struck must say, lest it was not struck at all."""
     restarts: bool = False
     """Whether an engine has to be started to heal it, which takes long."""
 
@@ -236,7 +239,7 @@ FAULTS = (
     ),
     Fault("clock goes ahead", clocks, 1, 5, partial(shift_clock, HOUR_SECONDS), HEAL_SECONDS),
     Fault("clock goes back", clocks, 1, 5, partial(shift_clock, -HOUR_SECONDS), HEAL_SECONDS),
-    Fault("disk full", with_disk, 3, 8, fill_disk, HEAL_SECONDS),
+    Fault("disk full", with_disk, 3, 8, fill_disk, HEAL_SECONDS, says=GIVEN_UP),
     Fault("rank killed", ranks, 1, 3, kill_rank, HEAL_SECONDS, restarts=True),
     Fault("engine killed", nodes, 0.5, 3, kill_engine, HEAL_SECONDS, restarts=True),
     Fault("killed while read from", sharers, 1, 3, kill_while_read, HEAL_SECONDS, restarts=True),

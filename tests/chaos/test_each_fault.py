@@ -26,6 +26,8 @@ def test_a_fault_costs_time_and_nothing_else(arena: Arena, load: Load, fault: Fa
     result = suffer(arena, load, (Planned(0.0, fault.name, victims[-1], seconds),))
     print(f"{fault.name}: {result.heal_seconds_max:.1f} s to heal; {result.untruths}")
     assert result.problems == []
+    if fault.says:
+        assert fault.says in arena.members[victims[-1]].node.log
     assert (result.wrong, result.stalls, result.leaks) == (0, 0, 0)
     assert result.requests > 0
     assert result.heal_seconds_max <= fault.heal_seconds
