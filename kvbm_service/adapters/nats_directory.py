@@ -306,7 +306,8 @@ class _Bucket:
     async def _find_or_add(self, jetstream: JetStreamContext) -> StreamConfig:
         with contextlib.suppress(nats.js.errors.NotFoundError):
             there = await jetstream.stream_info(self._stream)
-            if there.cluster is not None and (there.config.num_replicas or 1) < self._replicas:
+            clustered = there.cluster is not None and there.cluster.name
+            if clustered and (there.config.num_replicas or 1) < self._replicas:
                 await self._spread()
             return there.config
         try:
