@@ -261,8 +261,11 @@ class LeaderService:
         """What ranks have finished. Returns the device blocks that may be reused now."""
 
         def tell(core: Leader) -> list[int]:
+            was_whole = core.crew.whole
             for result in results:
                 core.report(result, self._clock())
+            if core.crew.whole and not was_whole:
+                self._loop.call(self._bus_side.wake)
             if core.disk_lost:
                 self.metrics.disk_works(False)
             return core.take_freed_blocks()

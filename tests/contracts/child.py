@@ -92,9 +92,16 @@ class Child:
             pipe.close()
 
 
-def serve(obey: Callable[[dict[str, Any]], Any]) -> None:
-    """In such a process: obey until nobody is there to say anything."""
+def serve(make: Callable[..., Any]) -> None:
+    """In such a process: obey until nobody is there to say anything.
+
+    An order `do` is a method of what `make` makes of the options, the rest its arguments.
+    """
     die_with(os.getppid())
+    answers = os.dup(1)
+    os.dup2(2, 1)  # libraries log there
+    servant = make(**json.loads(sys.argv[1]))
     for line in sys.stdin.buffer:
-        answer = json.dumps(obey(json.loads(line)))
-        os.write(1, answer.encode() + b"\n")
+        order = json.loads(line)
+        answer = json.dumps(getattr(servant, order.pop("do"))(**order))
+        os.write(answers, answer.encode() + b"\n")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from typing import Any
 
 from kvbm_schemas.block import BlockHash, Tier
@@ -41,10 +39,6 @@ class LoneLeader:
         )
         self._leader.start()
 
-    def obey(self, order: dict[str, Any]) -> Any:
-        """Do what `order["do"]` says."""
-        return getattr(self, order.pop("do"))(**order)
-
     def store(self, names: list[str]) -> list[str]:
         """Say that these blocks are here. Returns all that are."""
         chain = [BlockHash(bytes.fromhex(name)) for name in names]
@@ -71,4 +65,4 @@ class LoneLeader:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    serve(LoneLeader(**json.loads(sys.argv[1])).obey)
+    serve(LoneLeader)
