@@ -108,8 +108,11 @@ class WorkerService:
         self._fetched = Fetched()
         self._unmet: dict[str, RankRecord] = {}
         """Ranks of other nodes that nothing was read from yet, by agent. One that cannot be
-        reached takes seconds to meet, so loads go before; a load meets only whom it needs."""
+        reached takes seconds to meet, so loads go before; a load meets only whom it needs.
+        For the lane of such reads alone: who goes and comes does so in the order of its jobs."""
         self._meant = Meant(record)
+        self._fencing = threading.Lock()
+        """Held while something begins that came by the bus: a fence is before it or behind it."""
         self._lanes_to_rest = 0
         """Lanes that may still be at something older than the last fence."""
         self._copies = Lane("kvbm-copies")
@@ -131,11 +134,10 @@ class WorkerService:
         if commands.forget:
             self._forget()
         for agent in commands.gone:
-            self._unmet.pop(agent, None)
-            self._reads.add(Job(partial(self._mover.forget, agent), _warn))
+            self._reads.add(Job(partial(self._part_with, agent), _warn))
         for peer in commands.peers:
             if peer.rank == self.record.rank:
-                self._unmet[peer.agent] = peer
+                self._reads.add(Job(partial(self._hear_of, peer), _warn))
                 self._reads.add(Job(partial(self._meet, peer.agent), _warn, urgent=False))
         self._begin_between_tiers(commands)
         if commands.fence:
@@ -186,7 +188,7 @@ class WorkerService:
         """Begin nothing up to `op` any more, and tell when nothing of it is under way."""
         lanes = (self._copies, self._reads, self._disk_reads, self._disk_writes)
         used = [lane for lane in lanes if lane is not None]
-        with self._lock:
+        with self._fencing, self._lock:
             if op == self._meant.fence and self._lanes_to_rest:
                 return  # it will be told
             self._meant.fence, self._lanes_to_rest = op, len(used)
@@ -210,8 +212,9 @@ class WorkerService:
         `tell` is called once it is done, on some thread; not if it is under way already, or
         too old to be known.
         """
-        if fetch.op > self._meant.fence:
-            self._fetch(fetch, tell)
+        with self._fencing:
+            if fetch.op > self._meant.fence:
+                self._fetch(fetch, tell)
 
     def _begin_save(self, save: Save, fence: Fence) -> None:
         blocks = _columns(save.hashes, None, save.slots, save.blocks, save.op)
@@ -405,6 +408,13 @@ class WorkerService:
         if isinstance(error, DiskLost) and not self._disk_lost:
             _log.error("the disk tier is given up, serving goes on without it: %s", error)
             self._disk_lost = str(error)[:256] or "lost"
+
+    def _part_with(self, agent: str) -> None:
+        self._unmet.pop(agent, None)
+        self._mover.forget(agent)
+
+    def _hear_of(self, peer: RankRecord) -> None:
+        self._unmet[peer.agent] = peer
 
     def _meet(self, agent: str) -> None:
         peer = self._unmet.pop(agent, None)
