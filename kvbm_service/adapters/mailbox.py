@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvbm_schemas.subjects import INBOXES
+from kvbm_schemas.subjects import INBOXES, asked
 from kvbm_service.adapters.background import Background
 from kvbm_service.adapters.bus import Delivery, Handler, Troubles
 from kvbm_service.adapters.lines import Lines
@@ -160,7 +160,7 @@ class Question:
 
 
 class Questions:
-    """The requests of one bus that wait for answers. Addresses are `<inbox>.<number>`."""
+    """The requests of one bus that wait for answers. Addresses are `<inbox>.<asked>.<number>`."""
 
     def __init__(self, inbox: str) -> None:
         self.inbox = inbox
@@ -170,7 +170,7 @@ class Questions:
     @contextmanager
     def ask(self, subject: str) -> Iterator[Question]:
         """A new question, forgotten at the end of the block."""
-        question = Question(f"{self.inbox}.{next(self._numbers)}", subject)
+        question = Question(f"{self.inbox}.{asked(subject)}.{next(self._numbers)}", subject)
         self._open[question.address] = question
         try:
             yield question

@@ -60,7 +60,7 @@ class Hub:
 
     def route(self, delivery: Delivery) -> bool:
         """Hand a message to all that should hear it. False if nobody does."""
-        inbox, _, _ = delivery.subject.rpartition(".")
+        inbox = delivery.subject.rsplit(".", 3)[0]
         if inbox in self.questions:
             question = self.questions[inbox].find(delivery.subject)
             if question is not None:

@@ -379,7 +379,7 @@ class NatsBus:
         self._refused = False
         try:
             await connection.open(self._name, self._inbox)
-            await connection.client.subscribe(f"{self._questions.inbox}.*", cb=self._take_answer)
+            await connection.client.subscribe(f"{self._questions.inbox}.>", cb=self._take_answer)
         except SettingError as error:
             raise BusUnavailable(str(error)) from error
         except (*FAILURES, ValueError) as error:

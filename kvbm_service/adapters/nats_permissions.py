@@ -1,8 +1,9 @@
 """What each role may say and hear on a NATS server, and how a server is told.
 
 The subjects are those of `kvbm_schemas/subjects.py`, and of the directory's bucket
-(`nats_directory.py`). What is not listed is forbidden. Nobody may publish into inboxes: whoever
-was asked something may answer that, so often and so soon, wherever the question says.
+(`nats_directory.py`). What is not listed is forbidden. Whoever is asked something may answer it,
+for addresses of answers say who is asked. The server's own rule for that, `allow_responses`, is
+of no use: it lets one publish wherever a question says, and who asks oneself can say anything.
 """
 
 from __future__ import annotations
@@ -15,15 +16,12 @@ from kvbm_schemas.subjects import (
     REGISTRY_INBOX,
     REGISTRY_NODE,
     ROOT,
+    answers_of,
     node_inbox,
 )
 from kvbm_service.adapters.nats_directory import DEFAULT_BUCKET
 
 REGISTRY_QUEUE = "registry"
-MAX_SNAPSHOT_ANSWERS = 4096
-"""Messages that a node may answer one question with: the chunks of its largest snapshot."""
-SNAPSHOT_SECONDS = 60
-LOOKUP_SECONDS = 10
 
 _RECORDS = f"$KV.{DEFAULT_BUCKET}"
 _STREAM = f"KV_{DEFAULT_BUCKET}"
@@ -39,9 +37,6 @@ class Permissions(NamedTuple):
     """A second word is the only queue group that the user may join there."""
     deaf_to: tuple[str, ...] = ()
     """What the user does not hear, although a pattern above covers it."""
-    answers: int = 0
-    """How many messages the user may answer a question with."""
-    answer_seconds: int = 0
 
 
 def node(namespace: str, *names: str) -> Permissions:
@@ -54,6 +49,7 @@ def node(namespace: str, *names: str) -> Permissions:
     return Permissions(
         publish=(
             *spoken,
+            *(inbox for name in names for inbox in answers_of(namespace, name)),
             *records,
             f"{ROOT}.{namespace}.*.*.lease",
             f"{ROOT}.{namespace}.*.*.release",
@@ -64,8 +60,6 @@ def node(namespace: str, *names: str) -> Permissions:
             _UNWATCH,
         ),
         subscribe=(*spoken, *(f"{node_inbox(namespace, name)}.>" for name in names)),
-        answers=MAX_SNAPSHOT_ANSWERS,
-        answer_seconds=SNAPSHOT_SECONDS,
     )
 
 
@@ -76,6 +70,7 @@ def registry(namespace: str = "*") -> Permissions:
         publish=(
             f"{ROOT}.{namespace}.*.*.snapshot",
             f"{asked}.locate",
+            *answers_of(namespace, REGISTRY_NODE),
             _DIRECTORY_IS_THERE,
             _watch(f"{namespace}.*.*"),
             _UNWATCH,
@@ -86,8 +81,6 @@ def registry(namespace: str = "*") -> Permissions:
             f"{asked}.locate {REGISTRY_QUEUE}",
             f"{REGISTRY_INBOX}.>",
         ),
-        answers=1,
-        answer_seconds=LOOKUP_SECONDS,
     )
 
 
@@ -123,13 +116,7 @@ def as_configuration(permissions: Permissions) -> str:
     if permissions.deaf_to:
         subscribe += _list("deny", permissions.deaf_to)
     text = f"permissions {{\n  publish {{\n{_list('allow', permissions.publish)}  }}\n"
-    text += f"  subscribe {{\n{subscribe}  }}\n"
-    if permissions.answers:
-        text += (
-            f"  allow_responses {{ max: {permissions.answers}, "
-            f'expires: "{permissions.answer_seconds}s" }}\n'
-        )
-    return text + "}\n"
+    return f"{text}  subscribe {{\n{subscribe}  }}\n}}\n"
 
 
 def _list(name: str, subjects: tuple[str, ...]) -> str:

@@ -15,11 +15,15 @@
 
 The last two are asked of the node called `registry`, a name no node may have.
 
-Answers go to an inbox of the asker, which a server with permissions lets nobody else hear:
+Answers go to an inbox of the asker, which a server with permissions lets nobody else hear, and
+which says who is asked, so that it lets nobody else answer:
 
-    _INBOX.node.<namespace>.<node>.>   a node's leader and workers
-    _INBOX.registry.>                  registries
-    _INBOX.command.>                   commands
+    _INBOX.node.<namespace>.<node>.<random>.<asked>.<number>   a node's leader and workers
+    _INBOX.registry.<random>.<asked>.<number>                  registries
+    _INBOX.command.<random>.<asked>.<number>                   commands
+
+`asked` is `<namespace>.<node>`, the node being `registry` where one of those is asked; `$.$` is
+whoever is asked on other subjects than ours.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ INBOXES = ("_INBOX.", "_INBOX_")
 """How addresses of answers begin, those of other clients too. Nothing is answered elsewhere."""
 REGISTRY_INBOX = "_INBOX.registry"
 COMMAND_INBOX = "_INBOX.command"
+ASKED_ELSEWHERE = "$.$"
+"""In an address of answers: not one of us is asked."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -65,6 +71,18 @@ class Scope(NamedTuple):
 def node_inbox(namespace: str, node: str) -> str:
     """Where a node's answers come."""
     return f"_INBOX.node.{namespace}.{node}"
+
+
+def answers_of(namespace: str, who: str) -> tuple[str, ...]:
+    """Where all answers of `who`, a node or `registry`, go."""
+    askers = (node_inbox(namespace, "*"), REGISTRY_INBOX, COMMAND_INBOX)
+    return tuple(f"{asker}.*.{namespace}.{who}.*" for asker in askers)
+
+
+def asked(subject: str) -> str:
+    """Who is asked there, as an address of answers says it."""
+    parsed = parse(subject)
+    return f"{parsed.namespace}.{parsed.node}" if parsed is not None else ASKED_ELSEWHERE
 
 
 def rank_what(rank: int) -> str:

@@ -14,7 +14,7 @@ from kvbm_schemas.records import RankRecord, SlabRecord
 from kvbm_schemas.requests import SnapshotChunk
 from kvbm_schemas.subjects import Scope
 from kvbm_service import own_ranks
-from kvbm_service.adapters import mailbox, nats_permissions, nats_server
+from kvbm_service.adapters import mailbox, nats_server
 from kvbm_service.adapters.memory_bus import Hub, MemoryBus
 from kvbm_service.adapters.memory_directory import MemoryDirectory, Records
 from kvbm_service.adapters.nats_bus import NatsBus
@@ -36,7 +36,6 @@ def rank_record(agent: str, rank: int = 0, world_size: int = 1) -> RankRecord:
 
 def test_the_largest_snapshot_fits_into_what_may_be_sent_and_taken() -> None:
     chunks = block_index.MAX_BLOCKS_PER_NODE // snapshot.CHUNK_BLOCKS
-    assert chunks <= nats_permissions.MAX_SNAPSHOT_ANSWERS
     assert chunks <= mailbox.MAX_WAITING_ANSWERS
     assert snapshot.CHUNK_BLOCKS <= MAX_BATCH_BLOCKS
     assert "total" in SnapshotChunk.__struct_fields__

@@ -91,9 +91,6 @@ class Authority:
             "pub": {"allow": list(permissions.publish)},
             "sub": {"allow": list(permissions.subscribe), "deny": list(permissions.deaf_to)},
         }
-        if permissions.answers:
-            lifetime = permissions.answer_seconds * 1_000_000_000
-            claims["resp"] = {"max": permissions.answers, "ttl": lifetime}
         jwt = signed(self._account, user, name, claims)
         return (
             f"-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n"

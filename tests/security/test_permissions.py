@@ -149,6 +149,9 @@ def forgeries(victim: str) -> list[tuple[str, bytes]]:
         (key, record),
         (f"{key}.0", encode(rank_record(victim))),
         (f"_INBOX.node.{SCOPE.namespace}.{victim}.0.1", b""),
+        (f"_INBOX.node.{SCOPE.namespace}.{victim}.0.{SCOPE.namespace}.node-3.1", b""),
+        (f"_INBOX.registry.0.{SCOPE.namespace}.{victim}.1", b""),
+        (f"_INBOX.command.0.{SCOPE.namespace}.{victim}.1", b""),
     ]
 
 
@@ -180,6 +183,41 @@ async def test_a_node_speaks_for_no_other(cluster: Cluster) -> None:
             ("anything.else", b""),
         ],
     )
+    assert cluster.state() == before
+
+
+async def test_who_asks_himself_may_answer_nowhere_else(cluster: Cluster) -> None:
+    before = cluster.state()
+    victim = SCOPE.of("node-1", "events")
+    for user, own in (("node-2", SCOPE.of("node-2", "mine")), ("registry", None)):
+        complaints: list[str] = []
+
+        async def complain(error: Exception, heard: list[str] = complaints) -> None:
+            heard.append(str(error))
+
+        heard: list[Msg] = []
+
+        async def hear(message: Msg, heard: list[Msg] = heard) -> None:
+            heard.append(message)
+
+        shipped = cluster.shipped
+        client = await nats.connect(
+            shipped.url(user), tls=TlsFiles(ca=shipped.ca).context(), error_cb=complain
+        )
+        subject = own or SCOPE.of(REGISTRY_NODE, "locate")
+        queue = "" if own else nats_permissions.REGISTRY_QUEUE
+        await client.subscribe(subject, queue, cb=hear)
+        await client.flush()
+        for _ in range(100):  # another registry may be the one that hears it
+            await client.publish(subject, b"", reply=victim)
+            await client.flush()
+            if heard:
+                break
+        await eventually(lambda heard=heard: heard)  # type: ignore[misc]
+        await client.publish(victim, FORGED)
+        await client.flush()
+        await eventually(lambda seen=complaints: any(victim in each for each in seen))  # type: ignore[misc]
+        await client.close()
     assert cluster.state() == before
 
 
