@@ -18,7 +18,6 @@ from kvbm_service.adapters.embedded_server import EmbeddedServer
 from kvbm_service.adapters.etcd_server import EmbeddedEtcd, etcd_binary
 from kvbm_service.adapters.nats_server import EmbeddedNats
 from kvbm_service.demo.engine import Engine, EngineOptions, share_cores
-from kvbm_service.demo.model import SHAPES
 from kvbm_service.errors import DirectoryError
 from tests.chaos.judges import (
     LOOKUP_SECONDS,
@@ -42,7 +41,6 @@ START_SECONDS = 300.0
 REGISTRIES = 2
 HOST_BLOCKS = 48
 DISK_BLOCKS = 96
-BLOCK_BYTES = SHAPES["tiny"].kv_bytes_per_token * 32
 SETTINGS = {
     "KVBM_VERIFY": False,  # as users run it: what is doubtful is found out without
     "KVBM_LOOKUP_DEADLINE_MS": LOOKUP_SECONDS * 1e3,
@@ -175,9 +173,8 @@ class Arena:
                 made, environment=dict(made.environment) | dict(clock.environment)
             )
 
-        disk_bytes = DISK_BLOCKS * BLOCK_BYTES // kind.ranks if kind.disk else 0
         ways = (to_nats, to_etcd) if to_etcd else (to_nats,)
-        return Member(kind.name, options, self.witness, ways, clock, kind.ranks, disk_bytes)
+        return Member(kind.name, options, self.witness, ways, clock, kind.ranks, kind.disk)
 
     def _right_answers(self) -> list[Conversation]:
         """Have an engine without any cache answer everything, and end it."""

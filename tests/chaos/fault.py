@@ -25,6 +25,8 @@ READ_SECONDS = 5.0
 """How long to wait for someone to read from the node that is to die meanwhile."""
 HOUR_SECONDS = 3600
 SLOW_SECONDS = 0.05
+FULL_BYTES = 256 << 10
+"""Of any file: what a node says goes into one, too, and is heard as long as it is shorter."""
 GIVEN_UP = "the disk tier is given up"
 HEAL_SECONDS = 30.0
 """A few seconds on a quiet machine: a lease on a membership, a retry, a snapshot."""
@@ -63,7 +65,7 @@ def sharers(arena: Arena) -> list[str]:
 
 def with_disk(arena: Arena) -> list[str]:
     """Nodes with a disk tier."""
-    return [name for name, member in arena.members.items() if member.disk_bytes]
+    return [name for name, member in arena.members.items() if member.has_disk]
 
 
 def ranks(arena: Arena) -> list[str]:
@@ -179,9 +181,9 @@ def stop_server(arena: Arena, victim: str) -> Heal:
 
 
 def fill_disk(arena: Arena, victim: str) -> Heal:
-    """No worker of it can write beyond the first quarter of its file."""
+    """No worker of it can write beyond the first few blocks of its file."""
     member = arena.members[victim]
-    member.limit_files(member.disk_bytes // 4)
+    member.limit_files(FULL_BYTES)
     return partial(member.limit_files, -1)
 
 

@@ -44,15 +44,14 @@ class Member:
         passages: tuple[Passage, ...],
         clock: WallClock,
         ranks: int,
-        disk_bytes: int,
+        has_disk: bool,
     ) -> None:
         """`options` gives those of its nth engine."""
         self.name = name
         self.passages = passages
         self.clock = clock
         self.ranks = ranks
-        self.disk_bytes = disk_bytes
-        """Size of its disk tier's file on each rank; 0: it has none."""
+        self.has_disk = has_disk
         self.lives = 0
         self._options = options
         self._witness = witness

@@ -28,6 +28,8 @@ SEED = 3
 PROCESSES = 7
 """Begun at once: NATS, two registries, four engines."""
 ENDS_SECONDS = 60.0
+GONE_SECONDS = 10.0
+"""Python's resource trackers end a little later than those whose resources they track."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -52,7 +54,10 @@ def test_ended_by_ctrl_c_it_leaves_no_process(tmp_path: Path) -> None:
         process.wait()
     assert json.loads(said.splitlines()[-1])["faults"] == 0
     assert process.returncode == INTERRUPTED
-    assert not list(filter(is_running, found))
+    deadline = time.monotonic() + GONE_SECONDS
+    while left := list(filter(is_running, found)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def test_faults_at_random_make_no_answer_wrong_or_late_and_leave_nothing_behind(

@@ -15,6 +15,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 SECONDS = 4.0
 """Longer than the lease on a membership; those that need no such time take their shortest."""
 LASTING = ("leader stopped", "NATS stopped", "nothing gets in", "nothing gets out")
+NOTICED_SECONDS = 10.0
+"""By then, a node has wanted to write to its disk."""
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
@@ -23,6 +25,8 @@ def test_a_fault_costs_time_and_nothing_else(arena: Arena, load: Load, fault: Fa
     if not victims:
         pytest.skip(f"nobody here can be struck: {fault.name}")
     seconds = SECONDS if fault.name in LASTING else fault.shortest_seconds
+    if fault.says:
+        seconds = NOTICED_SECONDS
     result = suffer(arena, load, (Planned(0.0, fault.name, victims[-1], seconds),))
     print(f"{fault.name}: {result.heal_seconds_max:.1f} s to heal; {result.untruths}")
     assert result.problems == []
