@@ -76,12 +76,17 @@ UCX_SETTINGS = {
     # Otherwise UCX waits for each connection inside our call, and a host that has vanished
     # without a word holds up every read for as long as the kernel goes on trying: 135 s.
     "UCX_TCP_CONN_NB": "y",
+}
+"""What we want UCX to do, unless the operator has said something else."""
+
+UCX_READER_SETTINGS = {
     # The kernel goes on sending what is left when a connection is closed. The requests of a
     # reader that was discarded must not reach the owner after an outage (it would abort, see
     # above): by the time we discard, a connection that carries nothing is closed already.
     "UCX_TCP_USER_TIMEOUT": f"{QUIET_SECONDS:g}s",
 }
-"""What we want UCX to do, unless the operator has said something else."""
+"""The same for agents that read. Not for the one that serves, which is made before: an owner
+that gives up a slow reader's connection may find another read to serve on it, and abort."""
 
 
 def new_agent(name: str) -> Any:
@@ -128,6 +133,8 @@ class Reader:
         meanwhile: Callable[[], None],
     ) -> None:
         self._meanwhile = meanwhile
+        for variable, value in UCX_READER_SETTINGS.items():
+            os.environ.setdefault(variable, value)
         self._agent = new_agent(name)
         self._attached: dict[str, _Attached] = {}
         self._handles: list[Any] = []
