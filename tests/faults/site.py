@@ -119,6 +119,16 @@ class Site:
             for r, o in (self.nodes, self.nodes[::-1])
         )
 
+    def fails_to_read(self) -> bool:
+        """Whether b was lent what a has just computed, and could not read it.
+
+        False where b was not even lent it: a registry on slow cores may be late, too.
+        """
+        answer = self.b.ask(self.computed_by(self.a))
+        self.check(answer)
+        assert answer.remote == answer.failed, answer
+        return answer.failed > 0
+
     def at_rest(self) -> bool:
         """Whether nobody holds on to anything."""
         states = [node.look() for node in self.nodes]

@@ -81,11 +81,12 @@ class Direction:
             self._put(self._waiting.popleft()[1])
 
     def change(self, line: Line) -> None:
-        """From now on it is like this. A cut loses what is under way, too."""
+        """From now on it is like this. What is under way is lost if it is cut, else it arrives."""
         self.line = line
         if line.cut:
             self.dropped += len(self._waiting)
             self._waiting.clear()
+        self.deliver(float("inf"))
         self._free_at = self._last_due = 0.0
 
     def _put(self, packet: bytes) -> None:
