@@ -144,6 +144,9 @@ class NatsSubscription:
         await self._mailbox.close()
 
     async def _take(self, message: Msg) -> None:
+        if _is_jetstreams(message):
+            self._bus.troubles.errors += 1
+            return
         self._mailbox.put(Delivery(message.subject, message.data, message.reply))
 
 
@@ -480,6 +483,15 @@ class NatsBus:
             f"no connection to NATS at {self._login} ({words}): check {URL_SETTING}{certificate}, "
             "or start a server there"
         )
+
+
+def _is_jetstreams(message: Msg) -> bool:
+    """Whether it comes from JetStream, which nobody of us asks to say anything here.
+
+    Where its answers go, whoever asks it decides, and no permission limits that: so it would say
+    for a node what that one may not say itself.
+    """
+    return message.reply.startswith("$JS.") or "Nats-Stream" in (message.headers or {})
 
 
 def _discard(listeners: dict[OnConnection, None], listener: OnConnection) -> None:

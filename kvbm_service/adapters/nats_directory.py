@@ -6,6 +6,9 @@ at once when it has missed something.
 
 What is read stands in the subject of each request, so that a server's permissions can say who
 reads what (`nats_permissions.py`); nothing here needs a permission to ask for just anything.
+Nor is a record asked for by itself (`DIRECT.GET`): a server sends it as it is to wherever the
+question says, be that the subject on which buckets are removed. Of the other answers, which can
+be led into the bucket likewise, none has an owner: those are no records.
 """
 
 from __future__ import annotations
@@ -151,22 +154,37 @@ class _Bucket:
         await self._publish(key, b"", expected, {_OPERATION: "DEL"})
 
     async def read(self, key: str) -> Stored | None:
-        try:
-            message = await (await self._jetstream()).get_msg(
-                self._stream, subject=self._subjects + key, direct=True
-            )
-        except nats.js.errors.NotFoundError as error:
-            self._suspect(error)
-            return None
-        except (OSError, nats.errors.Error) as error:
-            self._suspect(error)
-            raise DirectoryError(f"the directory cannot be read: {error}") from error
-        headers = message.headers or {}
-        value = None if _is_removal(headers) else message.data or b""
-        assert message.seq is not None
-        return Stored(value, headers.get(_OWNER, ""), message.seq)
+        wanted = [self._subjects + key]
+        async with contextlib.aclosing(self._pushed(wanted)) as messages:
+            async for message, _ in messages:
+                if message is None:
+                    break
+                headers = message.headers or {}
+                value = message.data if _is_record(headers) else None
+                revision = message.metadata.sequence.stream
+                return Stored(value, headers.get(_OWNER, ""), revision)
+        return None
 
     async def follow(self, prefix: str) -> AsyncGenerator[Sighting | None, None]:
+        wanted = [_leaders(prefix)] if self._leaders_only else [_everyone(prefix), _leaders(prefix)]
+        filters = [self._subjects + keys for keys in wanted]
+        async with contextlib.aclosing(self._pushed(filters)) as messages:
+            async for message, read_at in messages:
+                if message is None:
+                    yield None
+                    continue
+                key = message.subject.removeprefix(self._subjects)
+                headers = message.headers or {}
+                if key.startswith(prefix) and (_is_record(headers) or _is_removal(headers)):
+                    yield _sighting(key, message, read_at)
+
+    async def _pushed(
+        self, filters: list[str]
+    ) -> AsyncGenerator[tuple[Msg | None, datetime], None]:
+        """What is in the bucket, then None, then what is written, each with the time of asking.
+
+        Of several `filters` the first that we are allowed counts.
+        """
         jetstream = await self._jetstream()
         client = self._client()
         heartbeat = self._lease_seconds / HEARTBEATS_PER_LEASE
@@ -175,10 +193,11 @@ class _Bucket:
         forget = self._bus.on_connection(reader.interrupt)
         try:
             subscription = await client.subscribe(inbox, cb=reader.take)
-            consumer = await self._consume(inbox, prefix, heartbeat)
+            consumer = await self._consume(inbox, filters, heartbeat)
+            asked_at = datetime.fromisoformat(consumer["ts"])
             try:
-                async for sighting in self._sightings(reader, consumer, prefix):
-                    yield sighting
+                async for message in self._messages(reader, consumer):
+                    yield message, asked_at
             finally:
                 with contextlib.suppress(OSError, nats.errors.Error):
                     await subscription.unsubscribe()
@@ -188,36 +207,33 @@ class _Bucket:
         finally:
             forget()
 
-    async def _sightings(
-        self, reader: _Reader, consumer: dict[str, Any], prefix: str
-    ) -> AsyncGenerator[Sighting | None, None]:
-        now = datetime.fromisoformat(consumer["ts"])
+    async def _messages(
+        self, reader: _Reader, consumer: dict[str, Any]
+    ) -> AsyncGenerator[Msg | None, None]:
         caught_up = consumer["num_pending"] == 0
         if caught_up:
             yield None
         while True:
             message = await reader.next()
-            key = message.subject.removeprefix(self._subjects)
-            if key.startswith(prefix):
-                yield _sighting(key, message, now)
+            yield message
             if not caught_up and message.metadata.num_pending == 0:
                 caught_up = True
                 yield None
 
-    async def _consume(self, inbox: str, prefix: str, heartbeat: float) -> dict[str, Any]:
+    async def _consume(self, inbox: str, filters: list[str], heartbeat: float) -> dict[str, Any]:
         """Have the server push every record, and every change, to `inbox`."""
-        wanted = [_leaders(prefix)] if self._leaders_only else [_everyone(prefix), _leaders(prefix)]
-        for subjects in wanted:  # whoever may not know the ranks may still know the nodes
+        for subjects in filters:  # whoever may not know the ranks may still know the nodes
             try:
                 return await self._consume_only(inbox, subjects, heartbeat)
             except Forbidden as error:
                 refusal = error
         raise DirectoryError(f"the directory is not for us: {refusal}")
 
-    async def _consume_only(self, inbox: str, subjects: str, heartbeat: float) -> dict[str, Any]:
+    async def _consume_only(
+        self, inbox: str, filter_subject: str, heartbeat: float
+    ) -> dict[str, Any]:
         name = secrets.token_hex(16)
         """Unguessable: who knows it may remove it."""
-        filter_subject = f"{self._subjects}{subjects}"
         request = {
             "stream_name": self._stream,
             "config": {
@@ -407,6 +423,11 @@ def _leaders(prefix: str) -> str:
 
 def _is_removal(headers: dict[str, str]) -> bool:
     return headers.get(_OPERATION) in _REMOVED or _SERVER_REMOVED in headers
+
+
+def _is_record(headers: dict[str, str]) -> bool:
+    """Whether one of us has written it, and not a server that was made to answer there."""
+    return _OWNER in headers and "Nats-Stream" not in headers and not _is_removal(headers)
 
 
 def _is_heartbeat(message: Msg) -> bool:

@@ -55,7 +55,6 @@ def node(namespace: str, *names: str) -> Permissions:
             f"{ROOT}.{namespace}.*.*.release",
             f"{ROOT}.{namespace}.*.{REGISTRY_NODE}.lookup",
             _DIRECTORY_IS_THERE,
-            f"$JS.API.DIRECT.GET.{_STREAM}.{_RECORDS}.{namespace}.>",
             _watch(f"{namespace}.>"),
             _UNWATCH,
         ),
