@@ -20,6 +20,10 @@ from urllib.parse import urlsplit
 from kvbm_service.adapters.embedded_server import HOST, EmbeddedServer
 from kvbm_service.errors import BusError, PortTaken
 
+PING_SECONDS = 5
+PINGS_UNANSWERED = 2
+"""A client that has not answered so many is cut off. By default that takes minutes, in which a
+registry that has vanished is still sent its share of the questions."""
 MAX_LOG_BYTES = 8 << 20
 MAX_LOG_FILES = 2
 
@@ -81,6 +85,8 @@ class EmbeddedNats(EmbeddedServer):
             "logfile": str(self.log_path),
             "logfile_size_limit": MAX_LOG_BYTES,
             "logfile_max_num": MAX_LOG_FILES,
+            "ping_interval": f"{PING_SECONDS}s",
+            "ping_max": PINGS_UNANSWERED,
         }
         if self._jetstream:
             config["jetstream"] = {"store_dir": str(store_dir)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvbm_service.adapters.nats_bus import NatsBus
-from kvbm_service.adapters.nats_server import EmbeddedNats
+from kvbm_service.adapters.nats_server import PING_SECONDS, PINGS_UNANSWERED, EmbeddedNats
 from kvbm_service.errors import BusError, PortTaken
 
 
@@ -116,7 +116,7 @@ def test_a_server_that_ends_at_once_is_quoted() -> None:
 
 PARENT = """
 import time
-from kvbm_service.adapters.nats_server import EmbeddedNats
+from kvbm_service.adapters.nats_server import PING_SECONDS, PINGS_UNANSWERED, EmbeddedNats
 server = EmbeddedNats()
 server.start()
 print(server.pid, flush=True)
@@ -151,3 +151,13 @@ def test_it_outlives_the_thread_that_started_it() -> None:
         assert server.pid is not None
     finally:
         server.close()
+
+
+def test_a_client_that_has_vanished_is_cut_off_within_seconds() -> None:
+    with EmbeddedNats() as server, socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b'CONNECT {"verbose":false}\r\nSUB questions registries 1\r\nPING\r\n')
+        client.settimeout(4 * PING_SECONDS * PINGS_UNANSWERED)
+        heard = b""
+        while received := client.recv(4096):  # and its pings are not answered
+            heard += received
+        assert b"Stale Connection" in heard
