@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +38,7 @@ class Package(NamedTuple):
 
 PROMETHEUS = Package("prometheus", ("prometheus", "promtool"), "tests of the dashboard")
 ETCD = Package("etcd-server", ("etcd",), "tests of etcd")
-FAKETIME = Package("libfaketime", ("libfaketimeMT.so.1",), "tests in which a wall clock jumps")
-PACKAGES = (PROMETHEUS, ETCD, FAKETIME)
+PACKAGES = (PROMETHEUS, ETCD)
 
 
 def find(package: Package, file: str = "") -> Path | None:
@@ -49,16 +47,8 @@ def find(package: Package, file: str = "") -> Path | None:
     on_path = shutil.which(name)
     if on_path:
         return Path(on_path)
-    return next((path for root in _roots(package) for path in _inside(root, name)), None)
-
-
-def _roots(package: Package) -> tuple[Path, Path]:
-    return Path("/"), BUILD / package.name
-
-
-def _inside(root: Path, name: str) -> Iterator[Path]:
-    yield from root.glob(f"usr/bin/{name}")
-    yield from root.glob(f"usr/lib/*/faketime/{name}")
+    paths = (root / "usr" / "bin" / name for root in (Path("/"), BUILD / package.name))
+    return next(filter(Path.is_file, paths), None)
 
 
 def fetch(package: Package) -> bool:
