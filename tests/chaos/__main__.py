@@ -46,7 +46,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--directory", choices=("nats", "etcd"), default="nats", help="where the nodes meet"
     )
-    parser.add_argument("--only", action="append", metavar="KIND", help="no other kind of fault")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="KIND",
+        choices=[fault.name for fault in FAULTS],
+        help="no other kind of fault",
+    )
     parser.add_argument(
         "--logs", type=Path, default=ROOT / "build" / "chaos" / "logs", help="replaced at start"
     )
@@ -68,6 +74,8 @@ def main() -> int:
             for card in kinds:
                 if not card.victims:
                     console.out(f"left out, for nobody here can be struck: {card.kind}")
+            if not any(card.victims for card in kinds):
+                sys.exit("nothing is left to be done")
             with Load(list(arena.members.values()), arena.talks, chosen.seed) as load:
                 rounds = schedule(chosen.seed, kinds)
                 for outcome in play(arena, load, rounds, chosen.seconds, console.out):
