@@ -107,7 +107,11 @@ class OwnRanks:
                 _log.warning("left out: %s", error)
 
     async def _settle_doubts(self) -> None:
-        """Ask the directory about the records that seem to have ended."""
+        """Ask the directory about the records that seem to have ended.
+
+        One that is still there stays in doubt until it is renewed, or gone: the directory may
+        take longer to end a lease than we did.
+        """
         if not self._doubted:
             return
         assert self._directory is not None
@@ -123,4 +127,3 @@ class OwnRanks:
                 "rank %d of node %s is not in the directory any more", rank, self._leader.node
             )
             self._leader.rank_unlisted(rank)
-        self._doubted.clear()
