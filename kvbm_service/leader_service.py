@@ -241,11 +241,14 @@ class LeaderService:
         after: BlockHash | None,
         chain: Sequence[BlockHash],
         device_blocks: Sequence[int],
+        priorities: Sequence[int] | None = None,
     ) -> tuple[int, list[int]]:
         """Save blocks that the coming step computes; see `Leader.store`."""
         nothing: tuple[int, list[int]] = (len(chain), [])
         return self._with_core(
-            lambda core: core.store(chain, device_blocks, request=request, after=after),
+            lambda core: core.store(
+                chain, device_blocks, request=request, after=after, priorities=priorities
+            ),
             nothing,
         )
 
