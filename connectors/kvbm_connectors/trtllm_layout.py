@@ -1,0 +1,189 @@
+"""What TensorRT-LLM's arguments and its KV pool say: what is refused, who may share blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from kvbm_schemas.subjects import REGISTRY_NODE, Scope
+from kvbm_service.errors import LayoutError, SettingError
+from kvbm_service.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+FINGERPRINT_HEX_DIGITS = 16
+
+DEFAULT_BLOCK_TOKENS = 32
+"""TensorRT-LLM's own default, for releases whose arguments do not say it."""
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
+
+REFUSED: dict[str, tuple[object, str]] = {
+    "pipeline_parallel_size": (1, "set it to 1: TensorRT-LLM's connectors know no pipelines"),
+    "context_parallel_size": (1, "set it to 1: blocks that ranks share out cannot be cached"),
+    "enable_attention_dp": (False, "set it to false: every rank would need a leader of its own"),
+    "max_beam_width": (1, "set it to 1: beams share blocks in ways that cannot be followed"),
+}
+"""Arguments by the one value that can be served, and why."""
+
+REFUSED_OF_CACHE: dict[str, tuple[object, str]] = {
+    "enable_partial_reuse": (
+        False,
+        'set "enable_partial_reuse: false" under kv_cache_config, or fewer blocks come back',
+    ),
+    "enable_block_reuse": (
+        True,
+        "leave it on: without it TensorRT-LLM never asks whether a prompt's blocks are here",
+    ),
+    "host_cache_size": (
+        0,
+        "set it to 0, and DYN_KVBM_CPU_CACHE_GB instead: to a host cache blocks move unseen",
+    ),
+    "max_attention_window": (
+        None,
+        "leave it out: blocks that leave a window cannot be cached yet",
+    ),
+}
+"""The same, of `kv_cache_config`."""
+
+
+class Pool(NamedTuple):
+    """The KV memory of one rank, by block."""
+
+    regions: dict[str, torch.Tensor]
+    """Each has one row of bytes for every block."""
+    blocks: int
+    block_tokens: int
+    shape: list[Any]
+    """What of its form must be equal for bytes to be exchangeable."""
+
+
+class Identity(NamedTuple):
+    """Who this engine is; the same on all of its ranks."""
+
+    scope: Scope
+    node: str
+    instance: str
+
+
+def check(args: Any) -> None:
+    """Refuse arguments with which blocks could not be followed.
+
+    Raises:
+        SettingError: names the argument, its value, and what to do.
+    """
+    for owner, prefix, refused in (
+        (args, "", REFUSED),
+        (args.kv_cache_config, "kv_cache_config.", REFUSED_OF_CACHE),
+    ):
+        for name, (served, advice) in refused.items():
+            value = getattr(owner, name, served)
+            if value is not None and (value or None) != (served or None):
+                raise SettingError(prefix + name, value, advice)
+
+
+def pool_of_tensor(tensor: torch.Tensor, args: Any) -> Pool:
+    """The one pool of releases up to 1.2: `[blocks, layers, keys and values, …]`.
+
+    Raises:
+        LayoutError: its blocks are not one run of bytes each.
+    """
+    if tensor.dim() < 2 or not tensor.is_contiguous():
+        raise LayoutError(
+            f"the KV pool has shape {tuple(tensor.shape)} and strides {tensor.stride()}, where "
+            "one run of bytes for each block is needed"
+        )
+    tokens = getattr(args.kv_cache_config, "tokens_per_block", None) or DEFAULT_BLOCK_TOKENS
+    shape = [str(tensor.dtype), list(tensor.shape[1:])]
+    rows = tensor.reshape(tensor.shape[0], -1)
+    return Pool({"pool": rows}, tensor.shape[0], int(tokens), shape)
+
+
+def pool_of_layout(layout: Any) -> Pool:
+    """The pools that newer releases describe.
+
+    Raises:
+        LayoutError: there are several groups of layers, or blocks leave them.
+    """
+    if len(layout.groups) != 1:
+        raise LayoutError(
+            f"the model's layers are in {len(layout.groups)} groups with blocks of their own, and "
+            "this version caches one: serve this model without the connector"
+        )
+    (group,) = layout.groups
+    if group.window_size is not None:
+        raise LayoutError(
+            f"the model attends to a window of {group.window_size} tokens, and blocks that leave "
+            "it cannot be cached yet: serve this model without the connector"
+        )
+    regions = (*group.regions, *group.replicated_regions)
+    (blocks,) = {region.num_slots for region in regions}
+    shape = [
+        [region.size, [[ref.layer_id, ref.role, ref.expansion] for ref in region.buffers]]
+        for region in regions
+    ]
+    return Pool(
+        {f"region {number}": region.as_tensor() for number, region in enumerate(regions)},
+        int(blocks),
+        int(layout.tokens_per_block),
+        shape,
+    )
+
+
+def identity(args: Any, pool: Pool, ranks: int, release: str, settings: Settings) -> Identity:
+    """Who this engine is, in this life: made up once, by rank 0."""
+    instance = uuid.uuid4().hex[:16]
+    return Identity(
+        scope(args, pool, ranks, release, settings), _node_name(settings, instance), instance
+    )
+
+
+def scope(args: Any, pool: Pool, ranks: int, release: str, settings: Settings) -> Scope:
+    """Who can share blocks with this engine: a name, and a digest of all that shapes the bytes."""
+    cache = args.kv_cache_config
+    described: Mapping[str, Any] = {
+        "engine": ["trtllm", release],
+        "model": str(args.model),
+        "revision": str(getattr(args, "revision", None)),
+        "architecture": _architecture(args.model),
+        "load_format": str(getattr(args, "load_format", None)),
+        "quantization": str(getattr(args, "quant_config", None)),
+        "dtype": str(getattr(args, "dtype", None)),
+        "cache_dtype": str(getattr(cache, "dtype", None)),
+        "attention": str(getattr(args, "attn_backend", None)),
+        "block_tokens": pool.block_tokens,
+        "pool": pool.shape,
+        "ranks": ranks,
+    }
+    digest = hashlib.sha256(msgspec.json.encode(described, order="sorted")).hexdigest()
+    return Scope(settings.namespace, digest[:FINGERPRINT_HEX_DIGITS])
+
+
+def weights(model: object) -> str:
+    """A digest of a local model's weight files by size and time; empty for others' models."""
+    files = sorted(path for path in Path(str(model)).glob("*") if path.suffix in WEIGHT_SUFFIXES)
+    if not files:
+        return ""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(msgspec.json.encode(stats)).hexdigest()[:16]
+
+
+def _architecture(model: object) -> str:
+    """A digest of a local model's own configuration; empty for others' models."""
+    config = Path(str(model)) / "config.json"
+    return hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else ""
+
+
+def _node_name(settings: Settings, instance: str) -> str:
+    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:40] or "node"
+    name = settings.node_name or f"{host}-{instance[:8]}"
+    assert name != REGISTRY_NODE
+    return name
