@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kvbm_service.adapters.nats_server import EmbeddedNats
-
-DEADLINE_SECONDS = 20.0
+from tests.patience import until
 
 
 def url_of(up) -> str:
@@ -34,13 +31,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -138,4 +128,4 @@ def test_killed_outright_it_takes_its_server_with_it(start) -> None:
     url_of(up)
     (server,) = children(up.process.pid)
     up.stop(signal.SIGKILL)
-    wait_until(lambda: not alive(server))
+    until(lambda: not alive(server))

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import shutil
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -24,20 +23,11 @@ from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
 from kvbm_service.adapters.nats_server import EmbeddedNats
 from tests.contracts.file_systems import mount, on_loop
+from tests.patience import eventually
 
 __all__ = ["mount", "on_loop"]
 
-PATIENCE_SECONDS = 30.0
-"""No test waits longer for anything, and none needs nearly as long on a machine of its own."""
 LEASE_SECONDS = 1.5
-
-
-async def eventually(condition: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
-    """Wait until `condition` holds; fail if it never does."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture(name="eventually")

@@ -23,6 +23,7 @@ from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import Network, over_nats
 from kvbm_service.settings import Settings
 from kvbm_service.worker_bus import FetchNow, WorkerBus
+from tests.patience import until
 
 SCOPE = Scope("default", "0123456789abcdef")
 NODE = "node"
@@ -59,14 +60,6 @@ def found(tier: Tier, blocks: int) -> Survivors:
         fills=pack_u64(range(1, blocks + 1)),
         slots=pack_u32(range(blocks)),
     )
-
-
-def until(is_so: Callable[[], object], what: str) -> None:
-    """Wait for something that has to come about."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 class Meeting:

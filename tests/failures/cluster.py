@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.failures.patience import until
 from tests.faults.light_node import LightNode, chain
+from tests.patience import until
 
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(sys.path)}
 START_SECONDS = 90.0

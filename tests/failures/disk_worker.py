@@ -12,7 +12,7 @@ from kvbm_service.adapters.nixl_mover import NixlMover
 from kvbm_service.core.columns import pack_u32, pack_u64
 from kvbm_service.worker_service import WorkerService
 from tests.contracts.disk_rank import DiskRank, named
-from tests.failures.patience import until
+from tests.patience import until
 
 MIB = 1 << 20
 BLOCKS = 4

@@ -13,7 +13,7 @@ from kvbm_service.adapters.etcd_server import EmbeddedEtcd, etcd_binary
 from kvbm_service.adapters.nats_server import EmbeddedNats
 from kvbm_service.errors import DirectoryError
 from tests.failures.cluster import START_SECONDS, Cluster
-from tests.failures.patience import until
+from tests.patience import until
 
 MEMBERSHIP_SECONDS = 4.0
 LOOKUP_SECONDS = 0.5

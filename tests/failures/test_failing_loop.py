@@ -17,7 +17,7 @@ from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import over_nats
 from kvbm_service.settings import Settings
 from tests.connectors.cluster import SilentRegistry
-from tests.failures.patience import until
+from tests.patience import until
 
 SCOPE = Scope("failures", "0123456789abcdef")
 CHAIN = [BlockHash(bytes([number]) * 16) for number in range(1, 4)]

@@ -20,7 +20,7 @@ from kvbm_schemas.events import Beat, Cleared, Removed, Stored
 from kvbm_schemas.message import MAX_U63
 from kvbm_schemas.requests import Acquire, Refused, Release
 from kvbm_service.adapters.nats_server import EmbeddedNats
-from tests.failures.patience import until
+from tests.patience import until
 from tests.wire.test_every_subject import CHAIN, NODE, SCOPE, World
 
 HEAL_SECONDS = 10.0

@@ -19,7 +19,7 @@ from kvbm_service.core.columns import unpack_u32
 from tests.contracts.disk_rank import DiskRank, on_disk
 from tests.contracts.file_systems import OnLoop, frozen
 from tests.failures.disk_worker import BLOCKS, DiskWorker, rank_in
-from tests.failures.patience import until
+from tests.patience import until
 
 MIB = 1 << 20
 DEADLINE_SECONDS = 0.5
@@ -153,5 +153,3 @@ def test_a_worker_whose_disk_hangs_can_be_closed(worker: DiskWorker, file_system
         worker.close()
         assert time.monotonic() - began < 10.0
     until(lambda: not worker.rank.disk.under_way(), "the calls come back")
-
-

@@ -14,7 +14,7 @@ from kvbm_service.network import over_nats
 from kvbm_service.settings import Settings
 from tests.contracts.disk_rank import named
 from tests.failures.disk_worker import DiskWorker
-from tests.failures.patience import until
+from tests.patience import until
 
 NOWHERE = Settings(nats_url="nats://127.0.0.1:1")
 

@@ -10,7 +10,7 @@ import pytest
 from kvbm_schemas.codec import encode
 from kvbm_schemas.requests import Resync
 from kvbm_service.adapters.nats_server import EmbeddedNats
-from tests.failures.patience import until
+from tests.patience import until
 from tests.wire.test_every_subject import NODE, SCOPE, World
 
 MESSAGES = 5

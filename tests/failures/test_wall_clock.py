@@ -15,7 +15,7 @@ from kvbm_service.adapters.homes import Home, make_room
 from kvbm_service.adapters.nats_server import EmbeddedNats
 from tests.chaos.wall_clock import WallClock
 from tests.failures.cluster import START_SECONDS, Cluster
-from tests.failures.patience import until
+from tests.patience import until
 
 DAY = 86_400
 MEMBERSHIP_SECONDS = 3.0

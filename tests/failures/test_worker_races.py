@@ -19,7 +19,7 @@ from kvbm_service.worker_service import WorkerService
 from tests.contracts.disk_rank import named
 from tests.contracts.mover_rank import Rank, blocks
 from tests.failures.disk_worker import DiskWorker
-from tests.failures.patience import until
+from tests.patience import until
 
 FENCE = 1_000
 

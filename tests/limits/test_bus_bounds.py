@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -39,15 +38,9 @@ from kvbm_service.errors import DirectoryError, NoAnswer, SettingError
 from kvbm_service.network import Network
 from kvbm_service.registry_service import RegistryService
 from kvbm_service.worker_bus import MAX_UNANSWERED, WorkerBus
+from tests.patience import eventually
 
 LEASE_SECONDS = 1.5
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30.0
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 # -- the bus -------------------------------------------------------------------------------

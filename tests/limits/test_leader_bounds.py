@@ -28,6 +28,7 @@ from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import over_nats
 from kvbm_service.settings import Settings
 from tests.limits.registry_process import RegistryProcess
+from tests.patience import eventually
 
 SCOPE = Scope("default", "0123456789abcdef")
 NODE = "node"
@@ -73,13 +74,6 @@ def save(leader: LeaderService, number: int) -> None:
     leader.store("request", None, [block(number)], [0])
     (order,) = leader.take_commands().saves
     leader.report([StepResults(rank=0, moved=(Moved(op=order.op),))])
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30.0
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 async def test_events_beyond_a_full_queue_are_dropped_their_numbers_are_used_and_it_is_healed(

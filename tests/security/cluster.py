@@ -19,7 +19,7 @@ from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import over_nats
 from kvbm_service.registry_service import RegistryService
 from kvbm_service.worker_bus import WorkerBus
-from tests.security.patience import eventually
+from tests.patience import eventually
 from tests.security.shipped import Shipped, shipped_nats
 
 SCOPE = Scope("default", "0123456789abcdef")

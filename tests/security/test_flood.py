@@ -20,8 +20,8 @@ from kvbm_schemas.subjects import REGISTRY_NODE, every
 from kvbm_service.adapters.bus import Delivery, Troubles
 from kvbm_service.adapters.mailbox import MAX_SHARE_OF_ONE, MAX_WAITING_MESSAGES, Mailbox
 from kvbm_service.adapters.nats_login import TlsFiles
+from tests.patience import eventually
 from tests.security.cluster import CHAINS, NODES, SCOPE, Cluster, save
-from tests.security.patience import eventually
 from tests.security.shipped import PASSWORDS, Shipped
 
 FLOODER = Path(__file__).with_name("flooder.py")

@@ -10,8 +10,8 @@ from kvbm_schemas.requests import Acquire, LeaseAnswer, Leased, Refused, Release
 from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.core.columns import unpack_u32
+from tests.patience import eventually
 from tests.security.cluster import CHAINS, SCOPE, Cluster
-from tests.security.patience import eventually
 
 _answers: Decoder[LeaseAnswer] = Decoder(LeaseAnswer)  # type: ignore[arg-type]
 OWNER = "node-1"

@@ -36,10 +36,10 @@ from kvbm_service.adapters.nats_directory import NatsDirectory
 from kvbm_service.adapters.nats_login import TlsFiles
 from kvbm_service.errors import BusUnavailable, DirectoryError, Forbidden
 from kvbm_service.presence import decode_record
+from tests.patience import eventually
 from tests.security import jwts
 from tests.security.cluster import CHAINS, SCOPE, Cluster, rank_record
 from tests.security.conftest import Kvbm
-from tests.security.patience import eventually
 from tests.security.shipped import CONFIGURATION, shipped_nats
 
 _answers: Decoder[LeaseAnswer] = Decoder(LeaseAnswer)  # type: ignore[arg-type]

@@ -20,10 +20,10 @@ from kvbm_service.errors import KvbmError, SettingError
 from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import over_nats
 from kvbm_service.settings import Layer, Settings, Source, resolve
+from tests.patience import eventually
 from tests.security import jwts
 from tests.security.certificates import Authority
 from tests.security.guarded_nats import GuardedNats, guarded_nats
-from tests.security.patience import eventually
 
 PLANTED = "sEcrEt"
 """In every secret of this file, however it is written."""

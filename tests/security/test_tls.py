@@ -11,9 +11,9 @@ import pytest
 from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_login import TlsFiles
 from kvbm_service.errors import BusUnavailable, SettingError
+from tests.patience import eventually
 from tests.security.certificates import Authority, Certificate
 from tests.security.guarded_nats import guarded_nats
-from tests.security.patience import eventually
 
 LOGIN = "me:planted-password"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -35,6 +34,7 @@ from kvbm_service.network import over_nats
 from kvbm_service.registry_service import RegistryService
 from kvbm_service.settings import Settings
 from kvbm_service.worker_bus import WorkerBus
+from tests.patience import until
 
 SCOPE = Scope("wire", "0123456789abcdef")
 NODE = "node-1"
@@ -125,11 +125,17 @@ class World:
         """What must not change."""
         beat, blocks = self.leader.on_core(lambda core: core.snapshot(), (None, None))
         status = self.registry.status()
-        return beat, blocks, self.leader.on_core(lambda core: core.status(), None), (
-            status.nodes,
-            status.blocks,
-            status.copies,
-        ), len(self.fetched)
+        return (
+            beat,
+            blocks,
+            self.leader.on_core(lambda core: core.status(), None),
+            (
+                status.nodes,
+                status.blocks,
+                status.copies,
+            ),
+            len(self.fetched),
+        )
 
     def close(self) -> None:
         """End both."""
@@ -140,14 +146,6 @@ class World:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    """Wait for something that has to come about."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def _leader(url: str) -> LeaderService:
@@ -200,8 +198,10 @@ def rubbish(draw: st.DrawFn, what: str) -> bytes:
         return draw(st.sampled_from(wrong_messages(what)))
     if kind == "wrong json":
         field = draw(st.sampled_from(["epoch", "hashes", "lease", "tier", "type"]))
-        return b'{"type":"' + VALID[what][0].__struct_config__.tag.encode() + (
-            b'","' + field.encode() + b'":{"not":["this"]},"type":7}'
+        return (
+            b'{"type":"'
+            + VALID[what][0].__struct_config__.tag.encode()
+            + (b'","' + field.encode() + b'":{"not":["this"]},"type":7}')
         )
     return draw(st.text(min_size=1, max_size=32)).encode()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -17,3 +18,11 @@ def until(
     while not is_so():
         assert time.monotonic() < deadline, what or f"not within {seconds:g} s"
         time.sleep(0.005)
+
+
+async def eventually(is_so: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
+    """The same on an event loop."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        await asyncio.sleep(0.01)
