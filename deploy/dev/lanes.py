@@ -29,7 +29,7 @@ LOGS = Path("build", "tests")
 WIDTH = 100
 PROGRESS_SECONDS = 10.0
 
-APART = ("tests/contracts", "tests/connectors")
+APART = ("tests/contracts", "tests/faults", "tests/connectors", "tests/security")
 """Folders whose tests take minutes without engines: a lane each. All others share one, so that a
 new folder cannot be forgotten."""
 OLDER_FOLDER = "tests/connectors"
