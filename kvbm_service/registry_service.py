@@ -61,6 +61,8 @@ class RegistryStatus(NamedTuple):
     blocks: int
     copies: int
     bytes_held: int
+    refused_blocks: int
+    """Copies not taken in because of a limit, in the scopes there are."""
     counts: RegistryCounts
     """The registry's own: goes on counting."""
 
@@ -141,6 +143,7 @@ class RegistryService:
             blocks=registry.blocks,
             copies=registry.copies,
             bytes_held=registry.bytes_held,
+            refused_blocks=registry.refused_blocks + registry.crowded_blocks,
             counts=registry.counts,
         )
 

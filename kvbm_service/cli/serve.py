@@ -220,6 +220,11 @@ def _in_words(status: RegistryStatus) -> str:
         parts.append(f"{status.syncing} syncing")
     if counts.malformed:
         parts.append(f"{counts.malformed} malformed")
+    refused_nodes = counts.refused_nodes + counts.refused_scopes
+    if refused_nodes:
+        parts.append(f"{_number(refused_nodes, 'node')} refused")
+    if status.refused_blocks:
+        parts.append(f"{_number(status.refused_blocks, 'block')} refused")
     return "registry: " + ", ".join(parts if status.connected else ["no NATS", *parts])
 
 
