@@ -37,12 +37,6 @@ class Shape:
     dtype: str
     max_tokens: int
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token, all layers."""
-        itemsize = {"float32": 4, "bfloat16": 2}[self.dtype]
-        return 2 * self.layers * self.kv_heads * self.head_size * itemsize
-
 
 SHAPES = {
     "tiny": Shape(

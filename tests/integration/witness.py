@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from kvbm_schemas.block import Tier, count, unpack
 from kvbm_schemas.codec import AnyMessage, Decoder, Malformed, encode
-from kvbm_schemas.events import Loaded, Removed, Source, Stored
+from kvbm_schemas.events import Loaded, Removed, Stored
 from kvbm_schemas.message import Message
 from kvbm_schemas.records import DirectoryRecord, NodeRecord
 from kvbm_schemas.requests import Holder, Locate, Placements, Resync, SnapshotChunk
@@ -213,17 +213,11 @@ class Report:
     def sources(self, node: str) -> dict[str, int]:
         """How many blocks the node has loaded, by the node they came from."""
         found: dict[str, int] = {}
-        for source in self._sources(node):
-            found[source.node] = found.get(source.node, 0) + source.blocks
+        for loaded in self.of(Loaded, node):
+            for source in loaded.sources:
+                found[source.node] = found.get(source.node, 0) + source.blocks
         return found
-
-    def loaded_bytes(self, node: str) -> int:
-        """How many bytes the node has loaded."""
-        return sum(source.bytes for source in self._sources(node))
 
     def failed(self, node: str) -> int:
         """How many blocks did not arrive."""
         return sum(loaded.failed for loaded in self.of(Loaded, node))
-
-    def _sources(self, node: str) -> list[Source]:
-        return [source for loaded in self.of(Loaded, node) for source in loaded.sources]
