@@ -14,6 +14,7 @@ started them.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -40,7 +42,8 @@ LENGTHS = (21, 33, 41, 25)
 AT_ONCE = 3
 LARGE = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=2048, dtype=torch.float32)
 """Blocks of 128 KiB, so that much of the time goes into copying them."""
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
+"""Importing vLLM took more than a minute on a machine with ten times the work it can do."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -111,12 +114,21 @@ class Lives:
         assert self._forge.stdout is not None
         while b"\n" not in self._unread:
             speech, _, _ = select.select([self._forge.stdout], [], [], PATIENCE_SECONDS)
-            assert speech, "nothing was said"
+            assert speech, self._silence()
             heard = os.read(self._forge.stdout.fileno(), 1 << 16)
             assert heard, "the forge has ended"
             self._unread += heard
         line, _, self._unread = self._unread.partition(b"\n")
         return line
+
+    def _silence(self) -> str:
+        """Have all of them write to stderr what their threads are doing."""
+        forge = self._forge.pid
+        forked = Path(f"/proc/{forge}/task/{forge}/children").read_text().split()
+        for pid in (forge, *map(int, forked)):
+            os.kill(pid, signal.SIGUSR1)
+        time.sleep(1)
+        return f"nothing was said; stderr tells what {forge} and its children {forked} are doing"
 
     def __enter__(self) -> Self:
         return self
@@ -249,6 +261,7 @@ def main() -> None:
     global _mouth
     _mouth = os.dup(1)
     os.dup2(2, 1)  # whatever else is printed is no speech
+    faulthandler.register(signal.SIGUSR1)  # inherited by all lives
     folder = Path(sys.argv[1])
     model = make_model(folder)
     _practise(model, folder / "practice")
