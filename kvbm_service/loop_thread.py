@@ -42,6 +42,9 @@ class LoopThread:
     def stop(self) -> None:
         """Cancel the coroutine and wait for it to clean up."""
         self._stopping.set()
+        if self._thread.ident is None:  # never started
+            self._loop.close()
+            return
         self.call(self._cancel)
         self._thread.join(STOP_SECONDS)
         if self._thread.is_alive():
