@@ -27,7 +27,7 @@ from kvbm_connectors.trtllm_interface import (
 from kvbm_connectors.trtllm_leader import LeaderSide
 from kvbm_connectors.trtllm_step import Commands
 from kvbm_connectors.trtllm_worker import WorkerSide
-from kvbm_service.errors import LayoutError
+from kvbm_service.errors import KvbmError, LayoutError
 from kvbm_service.settings import Settings
 
 if TYPE_CHECKING:
@@ -116,14 +116,21 @@ class KvbmConnectorWorker(KvCacheConnectorWorker):
         if (leader is not None) != (self._ranks.number == 0):
             raise LayoutError("a leader is needed beside the worker of rank 0, and there alone")
 
-        def begin() -> trtllm_layout.Identity:
+        def begin() -> trtllm_layout.Identity | str:
             assert leader is not None
             count = self._ranks.count
             who = trtllm_layout.identity(self._args, pool, count, release(), self._settings)
-            leader.open(who, count, pool.block_tokens)
+            try:
+                leader.open(who, count, pool.block_tokens)
+            except KvbmError as error:
+                if count == 1:
+                    raise
+                return str(error)  # the others must not wait for this rank for ever
             return who
 
         who = self._ranks.tell_all(begin)
+        if isinstance(who, str):
+            raise LayoutError(f"rank 0: {who}")
         self._side.open(pool, who, trtllm_layout.weights(self._args.model), leader)
 
     def start_load_kv(self, stream: torch.cuda.Stream) -> None:

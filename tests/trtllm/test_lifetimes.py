@@ -133,3 +133,11 @@ def test_a_rank_that_cannot_start_ends_all_of_them_with_its_reason(
 ) -> None:
     with pytest.raises(KvbmError, match="DYN_KVBM"):
         make_engine({"DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": "0"}, ranks=2)
+
+
+def test_a_leader_that_cannot_start_ends_all_ranks_with_its_reason(
+    make_engine: Callable[..., Engine],
+) -> None:
+    nowhere = {"DYN_KVBM_METRICS": "true", "KVBM_METRICS_HOST": "192.0.2.1"}
+    with pytest.raises(KvbmError, match="rank 0: KVBM_METRICS_HOST"):
+        make_engine(nowhere, ranks=2)

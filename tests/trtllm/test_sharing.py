@@ -41,15 +41,11 @@ def test_the_last_blocks_of_a_resting_engine_are_seen_without_another_step(
     eventually(lambda: registry.copies == FULL_BLOCKS)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_what_one_engine_computed_is_read_by_another(
-    make_node: Callable[..., Engine], registry: LiveRegistry, ranks: int
-) -> None:
-    first, second = make_node("a", ranks=ranks), make_node("b", ranks=ranks)
+def meet(first: Engine, second: Engine, registry: LiveRegistry) -> None:
+    """Until the second finds what it has never seen: the first's blocks."""
     prompts = ([start, *PROMPT[1:]] for start in range(1, 400))
 
     def found() -> bool:
-        """Each time with a new prompt: at first they may not have met."""
         prompt = next(prompts)
         before = registry.copies
         first.run(prompt, max_new=1)
@@ -57,6 +53,14 @@ def test_what_one_engine_computed_is_read_by_another(
         return second.run(prompt, max_new=1).matched == FULL_BLOCKS * 4
 
     eventually(found)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_one_engine_computed_is_read_by_another(
+    make_node: Callable[..., Engine], registry: LiveRegistry, ranks: int
+) -> None:
+    first, second = make_node("a", ranks=ranks), make_node("b", ranks=ranks)
+    meet(first, second, registry)
     assert all(second.gate(rank).pulls.blocks == FULL_BLOCKS for rank in range(ranks))
 
 
@@ -92,8 +96,10 @@ def test_an_adapter_of_one_engine_is_no_adapter_of_another(
     make_node: Callable[..., Engine], registry: LiveRegistry
 ) -> None:
     first, second = make_node("a"), make_node("b")
+    meet(first, second, registry)
+    before = registry.copies
     first.run(PROMPT, lora_task_id=1)
-    eventually(lambda: registry.copies == FULL_BLOCKS)
+    eventually(lambda: registry.copies == before + FULL_BLOCKS)
     assert second.run(PROMPT, lora_task_id=1).matched == 0
 
 
