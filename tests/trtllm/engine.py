@@ -60,6 +60,7 @@ class Engine:
         self.ranks: list[Executor] = []
         connector = form.connector
         self._made: list[Any] = []
+        self._killed = False
 
         def begin(rank: int) -> Executor:
             args = arguments(tensor_parallel_size=ranks, **changed)
@@ -160,7 +161,10 @@ class Engine:
             self.kill()
 
     def kill(self) -> None:
-        """End, in whatever state."""
+        """End, in whatever state. Once more does nothing."""
+        if self._killed:
+            return
+        self._killed = True
         self._world.on_all(lambda _: None)
         for made in self._made:
             made.shutdown()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 
+from kvbm_connectors import trtllm_worker
 from kvbm_service.adapters.nats_server import EmbeddedNats
-from tests.connectors.cluster import LiveRegistry, eventually
+from tests.connectors.cluster import PATIENCE_SECONDS, LiveRegistry, eventually
 from tests.trtllm.engine import Engine
 from tests.trtllm.executor import State
 
+SLOW_SAVE_SECONDS = 0.5
 PROMPT = [13 * i % 401 for i in range(50)]
 FULL_BLOCKS = 12
 
@@ -33,11 +36,16 @@ def make_node(
 
 
 def test_the_last_blocks_of_a_resting_engine_are_seen_without_another_step(
-    make_node: Callable[..., Engine], registry: LiveRegistry
+    make_node: Callable[..., Engine], registry: LiveRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(trtllm_worker, "LINGER_SECONDS", PATIENCE_SECONDS)
     engine = make_node("a", ranks=2)
     number = engine.submit(PROMPT, max_new=1)
+    engine.gate(1).saves.close()
+    late = threading.Timer(SLOW_SAVE_SECONDS, engine.gate(1).saves.open)
+    late.start()
     engine.step_until(lambda: engine.request(number).state is State.DONE)
+    late.join()
     eventually(lambda: registry.copies == FULL_BLOCKS)
 
 
