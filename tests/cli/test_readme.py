@@ -13,7 +13,7 @@ from kvbm_service.cli.root import app
 ROOT = Path(__file__).parents[2]
 TEXT = "".join((ROOT / page).read_text() for page in ("README.md", "docs/troubleshooting.md"))
 
-NO_METRICS = {"kvbm_connectors", "kvbm_service"}
+NO_METRICS = {"kvbm_connectors", "kvbm_llm_api_config", "kvbm_service"}
 PREFIXES = {"kvbm_onboard"}
 """Of several metrics, to be searched for."""
 
