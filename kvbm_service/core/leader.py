@@ -215,6 +215,7 @@ class Leader:
 
     def take_commands(self, now: float) -> step.StepCommands:
         """Everything the ranks have to do around the coming forward pass."""
+        self.lookups.steps += 1
         if self.crew.whole:
             self.spills.order()
             self.prefetch.order(self.lookups.waiting.items(), self.outbox.effects, now)

@@ -49,6 +49,8 @@ class Lookups:
         self.readers: dict[str, Reader] = {}
         self.waiting: dict[str, Reader] = {}
         """Those that the engine has not scheduled yet."""
+        self.steps = 0
+        """How many steps the engine has built."""
         self._tiers = tiers
         self._orders = orders
         self._peers = peers
@@ -84,6 +86,7 @@ class Lookups:
         if found is not None:
             reader.patience = None
             reader.answered = True
+            reader.promised_in = self.steps
         return found
 
     def nothing(self, request: str) -> int:
@@ -142,10 +145,16 @@ class Lookups:
                 self._drop_plan(reader)
 
     def tick(self, now: float) -> None:
-        """Time has passed: drop plans that are too old."""
+        """Time has passed: drop plans that are too old.
+
+        What the engine was told of in the step that it is building it may load, however long the
+        process stood still meanwhile: reads prove themselves.
+        """
         kept = self._limits.lease_seconds / 4  # the engine may be about to load what it was told of
         for reader in self.readers.values():
-            if reader.plan is not None and reader.plan.deadline + kept <= now:
+            if reader.plan is None or reader.plan.deadline + kept > now:
+                continue
+            if reader.promised_in != self.steps or reader.stage is not Stage.READY:
                 self._drop_plan(reader)
 
     def let_go(self, plan: Plan) -> None:

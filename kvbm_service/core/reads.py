@@ -175,6 +175,8 @@ class Reader:
     segments: tuple[Segment, ...] = ()
     """The registry's answer; its numbers are positions in `asked`."""
     plan: Plan | None = None
+    promised_in: int = 0
+    """The engine's step in which it was last told what can be loaded."""
     hits: Hits = NO_HITS
     answered: bool = False
     """Whether the engine has been told how much can be loaded."""

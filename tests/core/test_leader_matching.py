@@ -353,9 +353,23 @@ def test_time_drops_a_plan_that_nobody_uses() -> None:
     (question,) = leasing(rig, "ab", ("b", 1))
     answer(rig, question, leased("b", 1))
     assert rig.leader.match("r", 0, now=0.0) == 2
+    rig.leader.take_commands(0.0)  # the step is built without it
     rig.leader.tick(now=LEASE_SECONDS)
     assert rig.effect(GiveBack).node == "b"
     assert rig.leader.tiers.host.pinned == 0
+
+
+def test_what_was_promised_can_be_loaded_however_long_the_process_stood_still() -> None:
+    rig = Rig()
+    rig.save("a")
+    (question,) = leasing(rig, "ab", ("b", 1))
+    answer(rig, question, leased("b", 1))
+    assert rig.leader.match("r", 0, now=0.0) == 2
+    rig.leader.tick(now=10 * LEASE_SECONDS)
+    rig.leader.load("r", 0, [5, 6], now=10 * LEASE_SECONDS)
+    command = rig.load_command()
+    assert command.local is not None
+    assert command.remote[0].seconds == 0.0, "the lease is over: the ranks are not to read"
 
 
 def test_what_was_promised_can_be_loaded_though_time_goes_on() -> None:

@@ -116,6 +116,7 @@ def test_what_the_engine_has_computed_is_not_brought_up() -> None:
     rig.on_disk("abc")
     wait(rig, "abc")
     rig.leader.match("r", 1, now=0.0)
+    rig.step()
     rig.leader.tick(now=LEASE_SECONDS)  # the plan is dropped
     assert brought(rig.step()) == [chain("bc")]
 
