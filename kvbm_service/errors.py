@@ -10,6 +10,7 @@
     ├── DirectoryError        membership
     │   └── NameTaken         a live node already has this name
     ├── LayoutError           the engine's memory cannot be cached as configured
+    ├── EngineTooOld          the engine lacks what a connector needs: names what will do
     ├── RanksMissing          not every rank reported in time: names the missing ones
     └── TransferError         bytes did not arrive, or cannot be trusted
 
@@ -61,6 +62,10 @@ class NameTaken(DirectoryError):
 
 class LayoutError(KvbmError):
     """The engine's memory cannot be cached as configured."""
+
+
+class EngineTooOld(KvbmError):
+    """The engine's release lacks what a connector needs."""
 
 
 class RanksMissing(KvbmError):

@@ -4,8 +4,8 @@
         "kv_connector_module_path": "kvbm_connectors.vllm", "kv_load_failure_policy": "recompute"}'
 
 vLLM makes one in its scheduler's process, which hosts the node's leader, and one in each
-worker's process, which hosts that rank's tiers. Runs on vLLM 0.29 to 0.32; the older
-of these do not ask all that is answered here.
+worker's process, which hosts that rank's tiers. Runs on vLLM 0.26 to 0.32; the older
+of these do not ask all that is answered here (vllm_releases.py).
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
-    KVConnectorHandshakeMetadata,
-    KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorWorkerMetadata,
 )
 
-from kvbm_connectors import vllm_layout
+from kvbm_connectors import vllm_layout, vllm_releases
 from kvbm_connectors.vllm_channel import KvbmHandshake, KvbmMetadata
 from kvbm_connectors.vllm_events import EngineEvents
 from kvbm_connectors.vllm_scheduler import SchedulerSide
@@ -37,6 +34,11 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorHandshakeMetadata,
+        KVConnectorMetadata,
+        KVConnectorWorkerMetadata,
+    )
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -191,17 +193,7 @@ class KvbmConnector(KVConnectorBase_V1):
         self, request: Request, num_external_tokens: int
     ) -> dict[Any, int]:
         """Which tier the loaded tokens come from."""
-        from vllm.v1.metrics.cache_hit_source import CacheHitSource
-
-        hits = self._scheduler.hit_tokens(request)
-        if sum(hits) != num_external_tokens:
-            return {CacheHitSource.EXTERNAL_UNSPECIFIED: num_external_tokens}
-        sources = {
-            CacheHitSource.HOST: hits.host,
-            CacheHitSource.DISK: hits.disk,
-            CacheHitSource.P2P: hits.remote,
-        }
-        return {source: tokens for source, tokens in sources.items() if tokens}
+        return vllm_releases.by_source(self._scheduler.hit_tokens(request), num_external_tokens)
 
     # -- worker side -------------------------------------------------------------------------
 

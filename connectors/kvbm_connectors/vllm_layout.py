@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kvbm_connectors.vllm_releases import SHARED_NAMES
 from kvbm_schemas.block import HASH_BYTES, BlockHash
 from kvbm_schemas.subjects import REGISTRY_NODE, Scope
 from kvbm_service.errors import LayoutError, SettingError
@@ -51,7 +52,7 @@ def block_size(config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
         )
     parallel = config.parallel_config
     for setting in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, setting, 1) > 1:
+        if getattr(parallel, setting) > 1:
             raise LayoutError(
                 f"{setting}={getattr(parallel, setting)}: blocks that context parallel ranks "
                 "share out cannot be cached yet; set it to 1"
@@ -60,13 +61,22 @@ def block_size(config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
 
 
 def check_names_are_shared(config: VllmConfig) -> None:
-    """Refuse a hash whose results differ from process to process.
+    """Refuse names of blocks that differ from process to process.
 
     Raises:
-        SettingError: names it, and what is allowed.
+        SettingError: says what makes them differ, and what is allowed.
     """
+    if os.environ.get("PYTHONHASHSEED") is not None:
+        return
+    if not SHARED_NAMES.here:
+        raise SettingError(
+            "PYTHONHASHSEED",
+            None,
+            f"vLLM before {SHARED_NAMES.since} then names the same block differently in every "
+            "process; set it to the same number for all engines",
+        )
     algorithm = str(config.cache_config.prefix_caching_hash_algo)
-    if algorithm.startswith("xxhash") and os.environ.get("PYTHONHASHSEED") is None:
+    if algorithm.startswith("xxhash"):
         raise SettingError(
             "--prefix-caching-hash-algo",
             algorithm,
@@ -97,8 +107,8 @@ def scope(config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
         "parallel": [
             parallel.tensor_parallel_size,
             parallel.pipeline_parallel_size,
-            getattr(parallel, "decode_context_parallel_size", 1),
-            getattr(parallel, "prefill_context_parallel_size", 1),
+            parallel.decode_context_parallel_size,
+            parallel.prefill_context_parallel_size,
         ],
     }
     digest = hashlib.sha256(msgspec.json.encode(described, order="sorted")).hexdigest()

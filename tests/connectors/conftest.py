@@ -22,7 +22,10 @@ with warnings.catch_warnings():
     from kvbm_service.adapters.nats_server import EmbeddedNats
     from tests.connectors.cluster import LiveRegistry
     from tests.connectors.engine import Engine, Shape
+    from tests.connectors.releases import agree_on_names
     from tests.connectors.stand_in import make_model
+
+agree_on_names()
 
 PATIENT = {"KVBM_LOOKUP_DEADLINE_MS": 5_000}
 """Slow machines may take their time; an answer ends the waiting."""

@@ -1,17 +1,24 @@
-"""What not every release of vLLM asks of a connector."""
+"""What the tests do about releases of vLLM that differ."""
 
 from __future__ import annotations
 
-import importlib.util
+import os
 
 import pytest
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-needs_sources = pytest.mark.skipif(
-    importlib.util.find_spec("vllm.v1.metrics.cache_hit_source") is None,
-    reason="this vLLM does not ask where tokens come from",
-)
-needs_patience = pytest.mark.skipif(
-    not hasattr(KVConnectorBase_V1, "has_pending_block_frees"),
-    reason="this vLLM preempts without asking whether blocks will come back",
-)
+from kvbm_connectors.vllm_releases import HIT_SOURCES, PATIENCE, SHARED_NAMES, Novelty
+
+
+def _needs(novelty: Novelty) -> pytest.MarkDecorator:
+    reason = f"only vLLM {novelty.since} and later {novelty.what}"
+    return pytest.mark.skipif(not novelty.here, reason=reason)
+
+
+needs_sources = _needs(HIT_SOURCES)
+needs_patience = _needs(PATIENCE)
+
+
+def agree_on_names() -> None:
+    """Have all engines of these tests name blocks alike, by the means that the release has."""
+    if not SHARED_NAMES.here:
+        os.environ.setdefault("PYTHONHASHSEED", "0")

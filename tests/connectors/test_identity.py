@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvbm_connectors.vllm_layout import weights
+from kvbm_connectors.vllm_releases import SHARED_NAMES
 from kvbm_service.errors import LayoutError, SettingError
 from tests.connectors.engine import BLOCK, Engine, full_attention, prompt
 
 MakeEngine = Callable[..., Engine]
+
+SEED_WANTED = "PYTHONHASHSEED.*the same number for all engines"
 
 
 @pytest.fixture
@@ -79,8 +84,27 @@ def test_names_that_differ_between_processes_are_refused(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, hashing: str
 ) -> None:
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    with pytest.raises(SettingError, match=f"--prefix-caching-hash-algo='{hashing}'.*sha256"):
+    advice = f"--prefix-caching-hash-algo='{hashing}'.*sha256"
+    with pytest.raises(SettingError, match=advice if SHARED_NAMES.here else SEED_WANTED):
         make_engine(hashing=hashing)
+
+
+@pytest.mark.parametrize("hashing", ["sha256", "sha256_cbor"])
+def test_a_seed_is_wanted_exactly_where_names_differ_between_processes_without_one(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, hashing: str
+) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    if len({beginning_of_all_names(hashing) for _process in range(2)}) == 1:
+        make_engine(hashing=hashing)
+    else:
+        with pytest.raises(SettingError, match=SEED_WANTED):
+            make_engine(hashing=hashing)
+
+
+def beginning_of_all_names(hashing: str) -> bytes:
+    """What vLLM chains the first block's hash to, as a process that starts now would have it."""
+    kv_cache_utils.init_none_hash(get_hash_fn_by_name(hashing))
+    return bytes(kv_cache_utils.NONE_HASH)
 
 
 def test_names_made_from_a_shared_seed_are_good(
