@@ -1,4 +1,6 @@
-"""What holds for all tests: nothing from outside the checkout, and no process left behind."""
+"""What holds for all tests: nothing from outside the checkout, any speed will do, and no process
+is left behind.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 OURS = ("KVBM_", "DYN_KVBM_", "NATS_")
 GRACE_SECONDS = 5.0
@@ -16,6 +19,9 @@ PYTHONS_OWN = (b"resource_tracker", b"forkserver")
 
 for name in [name for name in os.environ if name.startswith(OURS)]:
     del os.environ[name]  # settings of the shell we run in must not decide what a test finds
+
+settings.register_profile("any speed", deadline=None)  # 200 ms are nothing to a busy machine
+settings.load_profile("any speed")
 
 
 def _children() -> list[str]:

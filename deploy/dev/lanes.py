@@ -187,7 +187,8 @@ def sum_up(lanes: Sequence[Lane], seconds: float) -> None:
 
 def words(counts: Counter[str]) -> str:
     """As pytest says it."""
-    return ", ".join(f"{counts[what]} {what}" for what in COUNTED if counts[what]) or "no tests ran"
+    told = [f"{counts[what]} {what}" for what in COUNTED if counts[what]]
+    return ", ".join(told) or "no tests counted"
 
 
 def fitting() -> int:

@@ -107,7 +107,7 @@ def test_an_end_from_outside_ends_all_lanes_and_tells_what_they_have_found(proje
         text = running.stdout.read()
     assert running.returncode == 1
     assert "KeyboardInterrupt" in text
-    assert "no tests ran in" in text.splitlines()[-1]
+    assert "no tests counted in" in text.splitlines()[-1]
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
 
