@@ -6,10 +6,11 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 	&& { echo $$python; break; }; done)
 BIN := .venv/bin
 OLDER_VLLM := 0.29.0 0.31.0
+VLLM_MATRIX := 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-older test test-vllm-older check lint demo bench chaos clean
+.PHONY: help venv venv-older test test-vllm-older test-vllm-matrix check lint demo bench chaos clean
 
 help:  ## show this list
 	@echo "kvbm-service: a distributed KV-block cache for LLM engines"
@@ -28,6 +29,9 @@ test: venv programs  ## run every test that needs no GPU, on all vLLM releases (
 
 test-vllm-older: venv  ## run the connector's tests on older vLLM releases
 	@$(BIN)/python deploy/dev/lanes.py --older $(OLDER_VLLM) --only-older
+
+test-vllm-matrix: venv  ## the same on every release that is supported, and a table of what came of it
+	@$(BIN)/python -m deploy.dev.vllm_matrix $(VLLM_MATRIX)
 
 .PHONY: programs
 programs:
