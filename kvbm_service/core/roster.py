@@ -63,9 +63,24 @@ class Roster:
         Raises:
             LayoutError: it does not belong to this engine, or not any more.
         """
+        there = self._ranks.get(record.rank)
+        if record.rank in self._told_by_engine and there is not None and self._is_new(record):
+            self._listed[record.rank] = record.agent  # that is what others see
+            raise LayoutError(
+                f"rank {record.rank} ({record.agent}) is not the process that the engine has "
+                f"told of ({there.agent}): the engine has to tell of this one, or end it"
+            )
         replaced = self.report(record)
         self._listed[record.rank] = record.agent
         return replaced
+
+    def _is_new(self, record: RankRecord) -> bool:
+        """Whether a process of this engine has never had its rank's place."""
+        return (
+            record.instance == self._instance
+            and record.agent != self._ranks[record.rank].agent
+            and record.agent not in self._former
+        )
 
     def unlisted(self, rank: int) -> None:
         """The directory no longer lists a rank."""

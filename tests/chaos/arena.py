@@ -35,7 +35,7 @@ from tests.integration.conftest import Reference
 from tests.integration.node import node_options
 from tests.integration.witness import Witness
 
-MEMBERSHIP_SECONDS = 3.0
+MEMBERSHIP_SECONDS = 6.0
 LEASE_SECONDS = 5.0
 START_SECONDS = 300.0
 REGISTRIES = 2

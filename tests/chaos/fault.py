@@ -28,7 +28,7 @@ SLOW_SECONDS = 0.05
 FULL_BYTES = 256 << 10
 """Of any file: what a node says goes into one, too, and is heard as long as it is shorter."""
 GIVEN_UP = "the disk tier is given up"
-HEAL_SECONDS = 30.0
+HEAL_SECONDS = 45.0
 """A few seconds on a quiet machine: a lease on a membership, a retry, a snapshot."""
 
 

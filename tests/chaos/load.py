@@ -15,7 +15,7 @@ from tests.chaos.member import Member
 from tests.chaos.questions import ANSWER_TOKENS, SALTS, Conversation, Question
 
 THREADS_PER_MEMBER = 2
-THINKING_SECONDS = 0.1
+THINKING_SECONDS = 0.5
 """At most, before each question: what else runs on this machine needs its share, too."""
 CROWDED_SECONDS = 1.0
 """The same, while an engine starts: that takes all of the cores that it can get."""

@@ -12,7 +12,7 @@ from tests.chaos.trial import suffer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-SECONDS = 4.0
+SECONDS = 8.0
 """Longer than the lease on a membership; those that need no such time take their shortest."""
 LASTING = ("leader stopped", "NATS stopped", "nothing gets in", "nothing gets out")
 NOTICED_SECONDS = 10.0

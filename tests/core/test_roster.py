@@ -118,3 +118,17 @@ def test_a_process_is_out_of_sight_while_its_predecessor_has_the_record() -> Non
     assert roster.invisible == [0]
     roster.listed(rank_record(life=2))
     assert roster.invisible == []
+
+
+def test_who_is_only_listed_has_not_the_place_of_whom_the_engine_told_of() -> None:
+    """The engine goes on giving its steps to that one, whatever stands in the directory."""
+    roster = Roster(world_size=1)
+    roster.report(rank_record(life=1), by_engine=True)
+    roster.listed(rank_record(life=1))
+    with pytest.raises(LayoutError, match=r"me/0/2.* not the process .* told of \(me/0/1\)"):
+        roster.listed(rank_record(life=2))
+    assert roster.records[0].agent == "me/0/1"
+    assert (roster.invisible, roster.away) == ([0], [])
+    assert roster.report(rank_record(life=2), by_engine=True), "the engine has the last word"
+    assert roster.records[0].agent == "me/0/2"
+    assert roster.invisible == [], "it was listed before"
