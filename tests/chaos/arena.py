@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -87,8 +88,10 @@ class Arena:
         """Of each node."""
         self._model = model
         self._say = say
-        self.nats = EmbeddedNats(store_dir=folder / "nats")
-        self.etcd = EmbeddedEtcd(store_dir=folder / "etcd") if on_etcd else None
+        # In memory, since each renewal of a lease waits for the disk, which others use, too.
+        self.memory = Path(tempfile.mkdtemp(prefix="kvbm-chaos-", dir="/dev/shm"))
+        self.nats = EmbeddedNats(store_dir=self.memory / "nats")
+        self.etcd = EmbeddedEtcd(store_dir=self.memory / "etcd") if on_etcd else None
         self._ending = ExitStack()
         self._heard = Heard(set(), [])
         self._heard_until = 0
@@ -105,13 +108,11 @@ class Arena:
     def _prepare(self, stack: ExitStack) -> None:
         self._say("starting NATS, registries, three engines and one to compare with …")
         began = time.monotonic()
+        stack.callback(shutil.rmtree, self.memory)
         servers = [self.nats, *filter(None, [self.etcd])]
         for server in servers:
             stack.callback(server.close)
             server.start()
-        self._memory = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="kvbm-chaos-", dir="/dev/shm"))
-        )
         passages = stack.enter_context(Passages())
         self._start_registries(stack)
         self.witness = Witness(self.nats.url, MEMBERSHIP_SECONDS, self._directory_url)
@@ -152,7 +153,7 @@ class Arena:
             connector["KVBM_DIRECTORY_URL"] = f"etcd://127.0.0.1:{to_etcd.port}"
         if kind.disk:
             connector |= {
-                "KVBM_HOST_CACHE_DIR": str(self._memory),
+                "KVBM_HOST_CACHE_DIR": str(self.memory),
                 "DYN_KVBM_DISK_CACHE_DIR": str(self.folder / f"{kind.name}-disk"),
                 "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": DISK_BLOCKS,
                 "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": True,  # it is to be busy

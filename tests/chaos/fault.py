@@ -28,7 +28,7 @@ SLOW_SECONDS = 0.05
 FULL_BYTES = 256 << 10
 """Of any file: what a node says goes into one, too, and is heard as long as it is shorter."""
 GIVEN_UP = "the disk tier is given up"
-HEAL_SECONDS = 45.0
+HEAL_SECONDS = 60.0
 """A few seconds on a quiet machine: a lease on a membership, a retry, a snapshot."""
 
 
@@ -166,7 +166,7 @@ def wipe_nats(arena: Arena, victim: str) -> Heal:
     arena.nats.kill()
 
     def heal() -> None:
-        shutil.rmtree(arena.folder / "nats")
+        shutil.rmtree(arena.memory / "nats")
         arena.nats.start()
 
     return heal

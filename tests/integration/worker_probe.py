@@ -24,6 +24,9 @@ HOLD_SECONDS = 120.0
 
 _let_go = threading.Event()
 
+os.nice(10)
+"""A worker of vLLM's spins for a second after each step: who has something to do comes first."""
+
 
 class Probe:
     """Mixed into vLLM's worker; each method is run in every rank."""
