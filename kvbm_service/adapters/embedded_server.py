@@ -180,22 +180,39 @@ class EmbeddedServer(abc.ABC):
 
 
 def _spawn(command: Sequence[str | Path], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    parent = os.getpid()
     return subprocess.Popen(
-        command,
+        mortal(command),
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         # Ctrl-C is ours to handle: we stop the server last, not the terminal.
         process_group=0,
-        # Safe beside threads: two system calls, no locks.
-        preexec_fn=(lambda: die_with(parent)) if sys.platform == "linux" else None,
     )
 
 
+def mortal(command: Sequence[str | Path]) -> list[str]:
+    """The command of a program that ends when the thread that starts it here does.
+
+    The program asks for that itself, before it begins: asking between fork and exec would run
+    code of ours, and the fork handlers of every library here, in a copy of a process whose other
+    threads are gone. With gRPC loaded such a child was seen to crash.
+    """
+    if sys.platform != "linux":
+        return [str(word) for word in command]
+    return [sys.executable, "-ISc", _ASK_AND_BEGIN, str(os.getpid()), *map(str, command)]
+
+
+_ASK_AND_BEGIN = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)}, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
 def die_with(parent: int) -> None:
-    """In a child, before its program: end when the thread of `parent` that forked it ends."""
+    """End when the thread of `parent` that started this process ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)

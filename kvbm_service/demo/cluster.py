@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,7 +17,7 @@ from typing import Self
 from kvbm_schemas.codec import encode
 from kvbm_schemas.requests import Locate
 from kvbm_schemas.subjects import REGISTRY_NODE, Scope
-from kvbm_service.adapters.embedded_server import die_with
+from kvbm_service.adapters.embedded_server import mortal
 from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_server import EmbeddedNats
 from kvbm_service.demo.process_group import end_group
@@ -61,13 +60,14 @@ class Cluster:
         log = self._folder / "registry.log"
         with log.open("ab") as output:
             self._registry = subprocess.Popen(
-                [sys.executable, "-m", "kvbm_service.cli", "registry", "--nats-url", self.url],
+                mortal(
+                    [sys.executable, "-m", "kvbm_service.cli", "registry", "--nats-url", self.url]
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=os.environ | self._environment,
-                preexec_fn=partial(die_with, os.getpid()),
             )
         deadline = time.monotonic() + START_SECONDS
         while not asyncio.run(_answers(self.url)):

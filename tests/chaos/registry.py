@@ -7,10 +7,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
-from kvbm_service.adapters.embedded_server import die_with
+from kvbm_service.adapters.embedded_server import mortal
 from kvbm_service.demo.process_group import end_group
 from tests.chaos.wall_clock import WallClock
 
@@ -34,13 +33,12 @@ class RegistryProcess:
             return
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
-                self._command,
+                mortal(self._command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=self._environment,
-                preexec_fn=partial(die_with, os.getpid()),
             )
 
     def kill(self) -> None:

@@ -383,7 +383,8 @@ def test_a_disk_that_is_lost_while_blocks_come_up_leaves_nothing_behind(
     gate = engine.ranks[0].disk_gate
     gate.fetches.close()
     waiting = [engine.submit(text) for text in texts]
-    engine.until(lambda: gate.fetches.waiting)
+    engine.step()
+    engine.wait(lambda: gate.fetches.waiting)  # with steps, the busy request might end meanwhile
     make_read_only(engine)
     engine.until(lambda: engine.core.tiers.disk is None)
     gate.fetches.open()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import socket
 import subprocess
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import pytest
 import yaml
 
 from deploy.dev.programs import PROMETHEUS, find
-from kvbm_service.adapters.embedded_server import die_with
+from kvbm_service.adapters.embedded_server import mortal
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yml"
 SCRAPE_SECONDS = 0.2
@@ -79,9 +77,7 @@ def prometheus(folder: Path, targets: Sequence[str]) -> Iterator[Prometheus]:
         f"--web.listen-address={url.removeprefix('http://')}",
     ]
     with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=output, preexec_fn=partial(die_with, os.getpid())
-        )
+        server = subprocess.Popen(mortal(command), stdout=output, stderr=output)
     try:
         _wait_ready(server, url, log)
         yield Prometheus(url)

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import msgspec
 
-from kvbm_service.adapters.embedded_server import die_with
+from kvbm_service.adapters.embedded_server import mortal
 from kvbm_service.demo.process_group import end_group
 from tests.world.line import Line, Traffic
 from tests.world.namespace import NotPermitted, enter_new
@@ -72,11 +72,10 @@ class Host:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
             start = partial(
                 subprocess.Popen[Any],
-                command,
+                mortal(command),
                 **streams | options,
                 env=os.environ | dict(environment or {}),
                 start_new_session=True,
-                preexec_fn=partial(die_with, os.getpid()),
             )
             process = self.run(start)
         self._started.append(process)
