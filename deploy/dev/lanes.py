@@ -199,7 +199,7 @@ def words(counts: Counter[str]) -> str:
 def fitting() -> int:
     """How many lanes run well side by side on this machine."""
     cores = len(os.sched_getaffinity(0))
-    return 3 if cores >= 4 else 2
+    return 3 if cores >= 8 else 2
 
 
 def end_with_us(lanes: Sequence[Lane]) -> None:
