@@ -144,7 +144,7 @@ def test_a_disk_that_is_too_slow_costs_a_computation_and_is_ready_next_time(
     asked = reader.ask(TEXT)
     assert (asked.loaded, asked.computed) == (0, 41)
     fetches.open()
-    eventually(lambda: held(owner) == (10, 10))
+    owner.until(lambda: held(owner) == (10, 10))  # a rank that answers late answers by the step
     eventually(lambda: at_rest(owner, reader))
 
 
@@ -160,7 +160,7 @@ def test_a_reader_gets_what_is_in_host_when_the_disk_is_too_slow(
     asked = reader.ask(TEXT)
     assert (asked.loaded, asked.computed) == (24, 17)
     fetches.open()
-    eventually(lambda: at_rest(owner, reader))
+    owner.until(lambda: at_rest(owner, reader))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
