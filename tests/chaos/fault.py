@@ -224,7 +224,7 @@ FAULTS = (
     Fault("registry killed", registries, 0.5, 4, kill_registry, HEAL_SECONDS),
     Fault("registry stopped", registries, 1, 6, stop_registry, HEAL_SECONDS),
     Fault("NATS killed", NATS, 0.5, 4, kill_server, HEAL_SECONDS),
-    Fault("NATS killed and wiped", NATS, 0.5, 4, wipe_nats, HEAL_SECONDS),
+    Fault("NATS killed and wiped", NATS, 0.5, 4, wipe_nats, 2 * HEAL_SECONDS),
     Fault("NATS stopped", NATS, 1, 6, stop_server, HEAL_SECONDS),
     Fault("etcd killed", ETCD, 0.5, 4, kill_server, HEAL_SECONDS),
     Fault("etcd stopped", ETCD, 1, 6, stop_server, HEAL_SECONDS),

@@ -216,8 +216,8 @@ async def test_a_lease_shorter_than_etcd_allows_ends_in_time_all_the_same(
 
 async def test_ages_are_told_by_etcds_own_clock(opened: Open, eventually: Eventually) -> None:
     one, other = opened(lease_seconds=6.0), opened(lease_seconds=6.0)
-    await one.join(KEY, b"x")
     started = time.monotonic()
+    await one.join(KEY, b"x")
     await one.servers.close()
     ages = []
     while time.monotonic() - started < 3.0:
