@@ -26,6 +26,9 @@ MAX_DETAILS = 300
 
 _Code = rpc.StatusCode
 _CANNOT = (_Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED, _Code.CANCELLED, _Code.INTERNAL)
+_OUT_OF_TIME = "context deadline exceeded"
+_GAVE_UP = (_OUT_OF_TIME, "context canceled")
+"""What a server that waited in vain for the others says, with a code that tells nothing."""
 
 
 class Unreachable(DirectoryError):
@@ -60,7 +63,7 @@ def explain(login: EtcdLogin, member: Member, code: object, details: str) -> Dir
     for words, kind, meaning in _REFUSALS:
         if words in details:
             return kind(f"etcd at {member} {meaning.format(user=login.user or 'this process')}")
-    if code in _CANNOT:
+    if code in _CANNOT or any(words in details for words in _GAVE_UP):
         return Unreachable(f"no answer from etcd at {member}: {_why(member, code, details)}")
     return EtcdRefused(f"etcd at {member} refuses: {details}")
 
@@ -107,7 +110,7 @@ def _why(member: Member, code: object, details: str) -> str:
     for words, reason in _REASONS:
         if words in details:
             return reason
-    if code is _Code.DEADLINE_EXCEEDED:
+    if code is _Code.DEADLINE_EXCEEDED or _OUT_OF_TIME in details:
         return "not in time"
     if not any(words in details for words in _HANGS_UP):
         return details

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from kvbm_service.adapters.directory import Change
 from kvbm_service.adapters.embedded_server import HOST
 from kvbm_service.adapters.etcd_directory import EtcdDirectory
-from kvbm_service.adapters.etcd_errors import LoginRefused
+from kvbm_service.adapters.etcd_errors import LoginRefused, Unreachable, explain
 from kvbm_service.adapters.etcd_login import PREFIX, parse_login
 from kvbm_service.adapters.etcd_rpc import aio, rpc
 from kvbm_service.adapters.etcd_server import EmbeddedEtcd
@@ -30,6 +30,13 @@ SECRET = "s3cret/w0rd@#"
 QUOTED = "s3cret%2Fw0rd%40%23"
 
 Eventually = Callable[..., Awaitable[None]]
+
+
+@pytest.mark.parametrize("details", ["context deadline exceeded", "context canceled"])
+def test_a_server_that_gave_up_waiting_for_the_others_has_refused_nothing(details: str) -> None:
+    login = parse_login("etcd://127.0.0.1:2379,etcd://127.0.0.1:2380")
+    error = explain(login, login.members[0], rpc.StatusCode.UNKNOWN, details)
+    assert isinstance(error, Unreachable), "the next one may answer"
 
 
 # -- TLS -----------------------------------------------------------------------------------------
