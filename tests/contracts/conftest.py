@@ -23,16 +23,21 @@ from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
 from kvbm_service.adapters.nats_server import EmbeddedNats
 from tests.contracts.file_systems import mount, on_loop
+from tests.contracts.leases import LASTING_SECONDS
 from tests.patience import eventually
 
 __all__ = ["mount", "on_loop"]
-
-LEASE_SECONDS = 1.5
 
 
 @pytest.fixture(name="eventually")
 def _eventually() -> Callable[..., object]:
     return eventually
+
+
+@pytest.fixture
+def lease_seconds() -> float:
+    """How long a lease lasts; `leases_end` makes it shorter."""
+    return LASTING_SECONDS
 
 
 @pytest.fixture
@@ -144,8 +149,8 @@ class DirectoryWorld(Protocol):
 
 
 class MemoryDirectoryWorld:
-    def __init__(self) -> None:
-        self._records = Records(LEASE_SECONDS)
+    def __init__(self, lease_seconds: float) -> None:
+        self._records = Records(lease_seconds)
         self._directories: list[MemoryDirectory] = []
 
     async def open(self) -> MemoryDirectory:
@@ -173,14 +178,15 @@ class MemoryDirectoryWorld:
 
 
 class NatsDirectoryWorld:
-    def __init__(self, server: EmbeddedNats, store_dir: Path) -> None:
+    def __init__(self, server: EmbeddedNats, store_dir: Path, lease_seconds: float) -> None:
         self._server = server
         self._store_dir = store_dir
+        self._lease_seconds = lease_seconds
         self._opened: dict[NatsDirectory, NatsBus] = {}
 
     async def open(self) -> NatsDirectory:
         bus = await NatsBus.connect(self._server.url)
-        directory = NatsDirectory(bus, lease_seconds=LEASE_SECONDS)
+        directory = NatsDirectory(bus, lease_seconds=self._lease_seconds)
         self._opened[directory] = bus
         return directory
 
@@ -204,13 +210,14 @@ class NatsDirectoryWorld:
 
 
 class EtcdDirectoryWorld:
-    def __init__(self, server: EmbeddedEtcd, store_dir: Path) -> None:
+    def __init__(self, server: EmbeddedEtcd, store_dir: Path, lease_seconds: float) -> None:
         self._server = server
         self._store_dir = store_dir
+        self._lease_seconds = lease_seconds
         self._opened: list[EtcdDirectory] = []
 
     async def open(self) -> EtcdDirectory:
-        self._opened.append(EtcdDirectory(parse_login(self._server.url), LEASE_SECONDS))
+        self._opened.append(EtcdDirectory(parse_login(self._server.url), self._lease_seconds))
         return self._opened[-1]
 
     async def crash(self, directory: LeasedRecords) -> None:
@@ -232,14 +239,17 @@ class EtcdDirectoryWorld:
 
 @pytest.fixture(params=["memory", "nats", "etcd"])
 async def directories(
-    request: pytest.FixtureRequest, tmp_path: Path
+    request: pytest.FixtureRequest, tmp_path: Path, lease_seconds: float
 ) -> AsyncIterator[DirectoryWorld]:
     world: MemoryDirectoryWorld | NatsDirectoryWorld | EtcdDirectoryWorld
     if request.param == "memory":
-        world = MemoryDirectoryWorld()
+        world = MemoryDirectoryWorld(lease_seconds)
     elif request.param == "nats":
-        world = NatsDirectoryWorld(request.getfixturevalue("nats_server"), tmp_path / "nats")
+        server = request.getfixturevalue("nats_server")
+        world = NatsDirectoryWorld(server, tmp_path / "nats", lease_seconds)
     else:
-        world = EtcdDirectoryWorld(request.getfixturevalue("etcd"), tmp_path / "etcd")
+        world = EtcdDirectoryWorld(
+            request.getfixturevalue("etcd"), tmp_path / "etcd", lease_seconds
+        )
     yield world
     await world.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 
@@ -16,11 +17,10 @@ from kvbm_service.errors import DirectoryError, PortTaken
 
 def listening_addresses(pid: int) -> set[str]:
     """Where a process listens, as the kernel writes addresses."""
-    sockets = {
-        str(link.readlink()).removeprefix("socket:[").rstrip("]")
-        for link in Path(f"/proc/{pid}/fd").iterdir()
-        if str(link.readlink()).startswith("socket:")
-    }
+    sockets = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has just closed a file
+            sockets.add(str(link.readlink()).removeprefix("socket:[").rstrip("]"))
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
