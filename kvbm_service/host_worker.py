@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from kvbm_schemas.block import Tier
-from kvbm_schemas.records import RankRecord
+from kvbm_schemas.records import DeviceRecord, RankRecord
 from kvbm_schemas.step import Survivors
 from kvbm_service import forgetting
 from kvbm_service.adapters import device_pool
@@ -60,7 +60,9 @@ def start_worker(
         shared = _home(settings, "host_cache_dir", rank) if slots.host else None
         slab = _slab(rank, slots.host or _staging_slots(settings), lengths, shared, layout)
         host = HostTier(slab, regions, _copies(device), verify=settings.verify)
-        mover = NixlMover(host, device.index if device.type == "cuda" else None)
+        mover = NixlMover(
+            host, device.index if device.type == "cuda" else None, lends=settings.lend_device
+        )
         home = _home(settings, "disk_cache_dir", rank) if slots.disk else None
         disk = _disk(settings, rank, slots.disk, home, host, layout) if home else None
     _log.info("rank %d: tiers ready after %.1f s", rank.number, time.monotonic() - began)
@@ -74,6 +76,7 @@ def start_worker(
         device_blocks=device_blocks,
         instance=rank.instance,
         disk_slots=slots.disk,
+        device=DeviceRecord(**mover.pool._asdict()) if mover.pool is not None else None,
     )
     survivors = [_survivors(Tier.HOST, slab.contents())]
     if disk is not None:

@@ -16,17 +16,19 @@ from kvbm_schemas.records import RankRecord
 from kvbm_schemas.step import (
     MARK_BYTES,
     Fetch,
+    Lend,
     Load,
     RemoteFetch,
     Save,
     Spill,
     StepCommands,
+    Unlend,
     mark,
 )
 
 _log = logging.getLogger(__name__)
 
-Command = TypeVar("Command", Save, Load, Spill, Fetch, RemoteFetch)
+Command = TypeVar("Command", Save, Load, Spill, Fetch, RemoteFetch, Lend, Unlend)
 
 
 class Meant:
@@ -56,6 +58,8 @@ class Meant:
             spills=self._valid(commands.spills),
             fetches=self._valid(commands.fetches),
             remote_fetches=self._valid(commands.remote_fetches),
+            lends=self._valid(commands.lends),
+            unlends=self._valid(commands.unlends),
         )
 
     def _valid(self, commands: tuple[Command, ...]) -> tuple[Command, ...]:

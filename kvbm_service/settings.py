@@ -355,6 +355,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool,
         Setting("KVBM_VERIFY", BOOLEAN, "Checksum every block at both ends of every copy (slow)."),
     ] = False
+    lend_device: Annotated[
+        bool,
+        Setting(
+            "KVBM_LEND_DEVICE",
+            BOOLEAN,
+            "Let decode engines read handed-over blocks straight from device memory, GPU to GPU. "
+            "Off: they read them through host memory.",
+        ),
+    ] = True
     transfer_timeout_seconds: Annotated[
         float,
         Setting(

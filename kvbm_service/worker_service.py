@@ -23,6 +23,7 @@ from kvbm_schemas.block import Tier
 from kvbm_schemas.records import RankRecord
 from kvbm_schemas.step import (
     Fetch,
+    Lend,
     Load,
     LoadResult,
     LocalRead,
@@ -34,10 +35,20 @@ from kvbm_schemas.step import (
     StepCommands,
     StepResults,
     Survivors,
+    Unlend,
 )
 from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters.disk import Disk, DiskLost
-from kvbm_service.adapters.mover import Blocks, Fence, Hop, Indices, Mask, Mover, RemoteSlab
+from kvbm_service.adapters.mover import (
+    Blocks,
+    DevicePool,
+    Fence,
+    Hop,
+    Indices,
+    Mask,
+    Mover,
+    RemoteSlab,
+)
 from kvbm_service.disk_watch import DiskWatch
 from kvbm_service.errors import TransferError
 from kvbm_service.fetched import Fetched
@@ -142,13 +153,7 @@ class WorkerService:
         self._begin_between_tiers(commands)
         if commands.fence:
             self._fence_off(commands.fence)
-        if not (commands.loads or commands.saves):
-            return
-        fence = self._mover.mark()
-        for load in commands.loads:
-            self._begin_load(load, fence)
-        for save in commands.saves:
-            self._begin_save(save, fence)
+        self._begin_with_device(commands)
 
     def collect(self) -> StepResults | None:
         """What has been finished since the last call, if anything."""
@@ -201,8 +206,32 @@ class WorkerService:
                 if not self._lanes_to_rest:
                     self._moved.append(Moved(op=op))
 
+        self._copies.add(Job(partial(self._mover.unlend_all, op), _warn, urgent=False))
         for lane in used:
             lane.add(Job(passed, passed, urgent=False))
+
+    # -- device blocks that other nodes may read --------------------------------------------
+    # A few words are written for each, and another node's request waits: they go with the loads.
+
+    def _begin_lend(self, lend: Lend, fence: Fence) -> None:
+        blocks = _columns(lend.hashes, None, lend.blocks, lend.blocks, lend.op)
+
+        def run() -> Mask:
+            fence()
+            self._mover.lend(blocks)
+            return np.ones(len(blocks.device), np.bool_)
+
+        self._move(self._copies, lend.op, len(blocks.device), run, self._tell_leader, urgent=True)
+
+    def _begin_unlend(self, unlend: Unlend) -> None:
+        """Behind every lend before it. The forward pass need not be waited for."""
+        device = np.frombuffer(unlend.blocks, dtype="<u4")
+
+        def run() -> Mask:
+            self._mover.unlend(device, unlend.op)
+            return np.ones(len(device), np.bool_)
+
+        self._move(self._copies, unlend.op, len(device), run, self._tell_leader, urgent=True)
 
     # -- moves into slots ------------------------------------------------------------------
 
@@ -268,8 +297,10 @@ class WorkerService:
         count: int,
         run: Callable[[], Mask],
         tell: Callable[[Moved], None],
+        *,
+        urgent: bool = False,
     ) -> None:
-        """Have `run` bring `count` blocks into their slots, and tell how it went."""
+        """Have `run` bring `count` blocks into their slots, or lend them, and tell how it went."""
 
         def job() -> Tell:
             began = time.monotonic()
@@ -281,17 +312,32 @@ class WorkerService:
 
         def not_done(error: TransferError) -> None:
             self._note(error)
-            _log.error("%d block(s) did not get into their tier: %s", count, error)
+            _log.error("%d block(s) were not moved, or not lent: %s", count, error)
             tell(Moved(op=op, failed=_packed(np.arange(count)), reason=str(error)[:256]))
 
         if lane is None:
             not_done(TransferError(NO_DISK))
         else:
-            lane.add(Job(job, not_done, urgent=False))
+            lane.add(Job(job, not_done, urgent=urgent))
 
     def _tell_leader(self, moved: Moved) -> None:
         with self._lock:
             self._moved.append(moved)
+
+    # -- what is ordered with the forward pass ------------------------------------------------
+
+    def _begin_with_device(self, commands: StepCommands) -> None:
+        for unlend in commands.unlends:
+            self._begin_unlend(unlend)
+        if not (commands.loads or commands.saves or commands.lends):
+            return
+        fence = self._mover.mark()
+        for load in commands.loads:
+            self._begin_load(load, fence)
+        for save in commands.saves:
+            self._begin_save(save, fence)
+        for lend in commands.lends:
+            self._begin_lend(lend, fence)
 
     # -- loads into the device -------------------------------------------------------------
 
@@ -305,15 +351,15 @@ class WorkerService:
                 self._disk_reads, load, "disk", command.disk, self._load_from_disk, fence
             )
         for part in command.remote:
-            pull = self._pulling(part.agents[self.record.rank], part.seconds)
+            pull = self._pulling(part.agents[self.record.rank], part.tier, part.seconds)
             self._add_read(self._reads, load, "remote", part, pull, fence)
 
-    def _pulling(self, agent: str, seconds: float) -> Callable[[Blocks], Mask]:
+    def _pulling(self, agent: str, tier: Tier, seconds: float) -> Callable[[Blocks], Mask]:
         """A read that ends within so many seconds from now, however long it waits for its turn."""
         until = time.monotonic() + seconds
 
         def pull(blocks: Blocks) -> Mask:
-            return self._mover.pull(agent, blocks, self._ready_to_read(agent, until))
+            return self._mover.pull(agent, blocks, self._ready_to_read(agent, until), tier)
 
         return pull
 
@@ -430,8 +476,16 @@ class WorkerService:
                 slots=slab.slots,
                 slot_bytes=slab.slot_bytes,
                 parts=slab.parts,
+                pool=_pool(peer),
             )
         )
+
+
+def _pool(peer: RankRecord) -> DevicePool | None:
+    if peer.device is None:
+        return None
+    where = peer.device
+    return DevicePool(where.headers, where.blocks, where.device, where.regions)
 
 
 def _warn(error: TransferError) -> None:

@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvbm_schemas.block import Tier
 from kvbm_service.adapters.copies import Column, Copies, CpuCopies
+from kvbm_service.adapters.lent_blocks import LentBlocks
 from kvbm_service.adapters.mover import (
     Blocks,
+    DevicePool,
     Fence,
     Hop,
     Indices,
@@ -50,6 +53,7 @@ class HostTier:
         self._strides = np.array([region.stride for region in regions], np.uint64)
         self._lengths = np.array(slab.parts, np.uint64)
         self._offsets = np.array(slab.offsets, np.uint64)
+        self.lent = LentBlocks(self._device_blocks)
         copies.pin(slab.start, slab.nbytes)
 
     def mark(self) -> Fence:
@@ -71,6 +75,29 @@ class HostTier:
             self.fill_from(self.slab.base, chosen)
         right &= self.arrived(self.slab.read_headers(blocks.slots), blocks, among=right)
         return right
+
+    def lend(self, blocks: Blocks) -> None:
+        """See `Mover.lend`."""
+        self._check(blocks, self._device_blocks)
+        self.lent.lend(blocks, self._checksums(blocks.device))
+
+    def unlend(self, device: Indices, op: int) -> None:
+        """See `Mover.unlend`."""
+        self.check_device(device)
+        self.lent.take_back(device, op)
+
+    def pool(self, device_id: int | None = None) -> DevicePool:
+        """Where the device pool lies, for other nodes."""
+        return DevicePool(
+            headers=self.lent.start,
+            blocks=self._device_blocks,
+            device=device_id,
+            regions=tuple((region.address, region.stride) for region in self.regions),
+        )
+
+    def fill_from_pool(self, owner: HostTier, blocks: Blocks) -> None:
+        """Copy `blocks.slots` of another device pool, laid out like ours, into device blocks."""
+        self._copy(self._in_pool(blocks.device), owner._in_pool(blocks.slots))
 
     def fill_from(self, base: int, blocks: Blocks) -> None:
         """Copy slots of a slab at `base`, laid out like ours, into device blocks."""
@@ -182,13 +209,18 @@ class HostTier:
         right[looked_at] &= found == expected[looked_at]
         return right
 
-    def check_pull(self, blocks: Blocks, peer: RemoteSlab) -> None:
-        """Refuse blocks that the pool or `peer` does not have.
+    def check_pull(self, blocks: Blocks, peer: RemoteSlab, tier: Tier) -> None:
+        """Refuse blocks that the pool or that tier of `peer` does not have.
 
         Raises:
-            TransferError: a number is out of range.
+            TransferError: a number is out of range, or the peer does not lend.
         """
-        self._check(blocks, peer.slots)
+        if tier is Tier.HOST:
+            self._check(blocks, peer.slots)
+            return
+        if peer.pool is None or len(peer.pool.regions) != len(self.slab.parts):
+            raise TransferError(f"{peer.agent} does not lend device blocks like ours")
+        self._check(blocks, peer.pool.blocks)
 
     def check_layout(self, peer: RemoteSlab) -> None:
         """Refuse a peer whose blocks are not made like ours.
@@ -206,6 +238,7 @@ class HostTier:
 
     def close(self) -> None:
         """Unpin the slab; its memory stays its owner's to free."""
+        self.lent.close()
         self._copies.unpin(self.slab.start)
 
     def _check(self, blocks: Blocks, slots: int) -> None:

@@ -10,8 +10,17 @@ import uuid
 import numpy as np
 import numpy.typing as npt
 
+from kvbm_schemas.block import Tier
 from kvbm_service.adapters.host_tier import HostTier
-from kvbm_service.adapters.mover import Blocks, Fence, Hop, Indices, Mask, RemoteSlab
+from kvbm_service.adapters.mover import (
+    Blocks,
+    DevicePool,
+    Fence,
+    Hop,
+    Indices,
+    Mask,
+    RemoteSlab,
+)
 from kvbm_service.errors import TransferError
 
 _here: dict[str, HostTier] = {}
@@ -26,6 +35,7 @@ class MemcpyMover:
         self._peers: dict[str, RemoteSlab] = {}
         self.agent = f"memcpy-{uuid.uuid4().hex}"
         self.agent_metadata = b""
+        self.pool: DevicePool | None = tier.pool()
         _here[self.agent] = tier
 
     def mark(self) -> Fence:
@@ -37,6 +47,15 @@ class MemcpyMover:
     def load(self, blocks: Blocks) -> Mask:
         return self._tier.load(blocks)
 
+    def lend(self, blocks: Blocks) -> None:
+        self._tier.lend(blocks)
+
+    def unlend(self, device: Indices, op: int) -> None:
+        self._tier.unlend(device, op)
+
+    def unlend_all(self, op: int) -> None:
+        self._tier.lent.take_back_all(op)
+
     def connect(self, peer: RemoteSlab) -> None:
         self._tier.check_layout(peer)
         self._tier_of(peer.agent)
@@ -45,12 +64,16 @@ class MemcpyMover:
     def forget(self, agent: str) -> None:
         self._peers.pop(agent, None)
 
-    def pull(self, agent: str, blocks: Blocks, timeout_seconds: float) -> Mask:
-        self._tier.check_pull(blocks, self._peer(agent))
+    def pull(
+        self, agent: str, blocks: Blocks, timeout_seconds: float, tier: Tier = Tier.HOST
+    ) -> Mask:
+        self._tier.check_pull(blocks, self._peer(agent), tier)
         if not len(blocks.slots):
             return np.zeros(0, np.bool_)
-        self._read(agent, blocks)
-        return self._tier.arrived(self._tier_of(agent).slab.read_headers(blocks.slots), blocks)
+        self._read(agent, blocks, tier)
+        owner = self._tier_of(agent)
+        table = owner.slab if tier is Tier.HOST else owner.lent
+        return self._tier.arrived(table.read_headers(blocks.slots), blocks)
 
     def fetch(self, agent: str, hop: Hop, timeout_seconds: float) -> Mask:
         self._tier.check_fetch(hop, self._peer(agent))
@@ -68,8 +91,12 @@ class MemcpyMover:
         del _here[self.agent]
         self._tier.close()
 
-    def _read(self, agent: str, blocks: Blocks) -> None:
-        self._tier.fill_from(self._tier_of(agent).slab.base, blocks)
+    def _read(self, agent: str, blocks: Blocks, tier: Tier) -> None:
+        owner = self._tier_of(agent)
+        if tier is Tier.HOST:
+            self._tier.fill_from(owner.slab.base, blocks)
+        else:
+            self._tier.fill_from_pool(owner, blocks)
 
     def _read_slots(self, agent: str, slots: Indices) -> npt.NDArray[np.uint8]:
         return self._tier_of(agent).slab.blocks[slots]

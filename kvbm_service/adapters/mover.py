@@ -1,11 +1,12 @@
 """The mover port: what a rank does with bytes.
 
 Three kinds of memory: the device pool (the engine's KV tensors), the own host slab, and
-other nodes' slabs. Columns are numpy arrays with one entry per block.
+other nodes' slabs and device pools. Columns are numpy arrays with one entry per block.
 
 A slab is a table of headers followed by slots. A header names what its slot holds; it is
 cleared before a slot is written and set after, so a reader that finds the expected header
-*after* its read knows that it read exactly that block (docs/adr/0003).
+*after* its read knows that it read exactly that block (docs/adr/0003). Device blocks that are
+lent to other nodes have headers, too (docs/adr/0013).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvbm_schemas.block import Tier
+
 Indices = npt.NDArray[np.uint32]
 Stamps = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
@@ -25,7 +28,7 @@ HEADER = np.dtype([("hash", np.uint64, 2), ("fill", np.uint64), ("checksum", np.
 the block's device bytes at the time of saving, or 0 when verification is off."""
 
 HEADER_PAGE = 128
-"""A slab's table of headers is padded to a multiple of this many, for reading by the page."""
+"""A table of headers is padded to a multiple of this many, for reading by the page."""
 
 
 class Region(NamedTuple):
@@ -60,8 +63,19 @@ class Hop(NamedTuple):
     """What the target slots get stamped with."""
 
 
+class DevicePool(NamedTuple):
+    """A rank's device pool that may be read by others, as its record describes it."""
+
+    headers: int
+    blocks: int
+    device: int | None
+    """The CUDA device; None: ordinary memory."""
+    regions: tuple[tuple[int, int], ...]
+    """Of each part of a block: where block 0 has it, and the stride."""
+
+
 class RemoteSlab(NamedTuple):
-    """Another rank's slab, as its record describes it."""
+    """Another rank's slab, and the device pool if it lends from that, as its record says."""
 
     agent: str
     agent_metadata: bytes
@@ -70,6 +84,7 @@ class RemoteSlab(NamedTuple):
     slots: int
     slot_bytes: int
     parts: tuple[int, ...]
+    pool: DevicePool | None = None
 
 
 Fence = Callable[[], None]
@@ -80,8 +95,8 @@ class Mover(Protocol):
     """Moves blocks. Calls block the calling thread and release the GIL.
 
     Three threads may call at the same time: the engine's calls `mark`; one of ours calls
-    `save` and `load`; one of ours calls `connect`, `forget`, `pull` and `progress`. `close`
-    comes when all of them are done.
+    `save`, `load`, `lend`, `unlend` and `unlend_all`; one of ours calls `connect`, `forget`,
+    `pull`, `fetch` and `progress`. `close` comes when all of them are done.
     """
 
     @property
@@ -94,11 +109,16 @@ class Mover(Protocol):
         """What another mover needs to read from us."""
         ...
 
+    @property
+    def pool(self) -> DevicePool | None:
+        """The device pool that others may read from; None: `lend` always fails."""
+        ...
+
     def mark(self) -> Fence:
         """Where the engine's work is now; cheap, and never waits.
 
         The engine's thread calls it after it has queued the forward pass that a `save`
-        must not overtake, or that a `load` or `pull` must not disturb; our thread waits
+        or `lend` must not overtake, or that a `load` or `pull` must not disturb; our thread waits
         for the fence before it makes that call.
         """
         ...
@@ -119,6 +139,29 @@ class Mover(Protocol):
         """
         ...
 
+    def lend(self, blocks: Blocks) -> None:
+        """Let other ranks read `blocks.device` until `unlend`; `slots` are not looked at.
+
+        Fills are the op of the command. The same one may come again.
+
+        Raises:
+            TransferError: our device pool cannot be read by others, it has no such block, or a
+                later op for one has come before. Nothing was lent.
+        """
+        ...
+
+    def unlend(self, device: Indices, op: int) -> None:
+        """Let nobody believe any more what he reads from these blocks, unless lent after `op`.
+
+        Raises:
+            TransferError: there is no such block.
+        """
+        ...
+
+    def unlend_all(self, op: int) -> None:
+        """The same for every block that was lent up to `op`."""
+        ...
+
     def connect(self, peer: RemoteSlab) -> None:
         """Make `peer` readable. Idempotent, and may be tried again after a failure.
 
@@ -133,16 +176,20 @@ class Mover(Protocol):
         """Drop what `connect` set up. Unknown agents are ignored."""
         ...
 
-    def pull(self, agent: str, blocks: Blocks, timeout_seconds: float) -> Mask:
+    def pull(
+        self, agent: str, blocks: Blocks, timeout_seconds: float, tier: Tier = Tier.HOST
+    ) -> Mask:
         """Slab of `agent` → device. True for each block proven to have arrived whole.
+
+        With `Tier.DEVICE`, `blocks.slots` are lent blocks of the peer's device pool.
 
         Returns, or raises, only when nothing can write to the device blocks any more:
         that can take a little longer than the timeout. A later pull from the same peer
         may succeed again.
 
         Raises:
-            TransferError: not connected, the peer is gone, or time ran out. No block may
-                be believed.
+            TransferError: not connected, the peer is gone or does not lend, or time ran out.
+                No block may be believed.
         """
         ...
 

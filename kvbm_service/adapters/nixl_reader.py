@@ -1,4 +1,4 @@
-"""One NIXL agent that reads other ranks' slabs, straight into our device blocks or into a buffer.
+"""One NIXL agent that reads other ranks' memory, straight into our device blocks or into a buffer.
 
 It is disposable, and that is how we prove that a failed transfer is quiet. While a handle
 says PROC, or after it said ERR, some of its reads may still be going to land:
@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 from nixl._api import nixl_agent, nixl_agent_config
 
+from kvbm_schemas.block import Tier
 from kvbm_service.adapters.copies import Column
 from kvbm_service.adapters.mover import HEADER, HEADER_PAGE, Indices, Region, RemoteSlab
 from kvbm_service.adapters.slab import Headers
@@ -108,7 +109,10 @@ class Unquiet(TransferError):
 
 
 class _Attached(NamedTuple):
-    """What was prepared once for one peer: handles of descriptor lists."""
+    """What was prepared once for one tier of one peer: handles of descriptor lists.
+
+    A list says where blocks lie by address and stride, so it stays small whatever their number.
+    """
 
     firsts: npt.NDArray[np.int64]
     """Index of each part's first descriptor in `blocks`; ours are numbered the same way."""
@@ -117,8 +121,9 @@ class _Attached(NamedTuple):
 
 
 class Reader:
-    """Reads slabs into `regions` of device `device_id` (None: ordinary memory), or a buffer.
+    """Reads slabs and device pools, into `regions` of device `device_id` or into a buffer.
 
+    Without `device_id` the regions are ordinary memory.
     A block consists of `parts`, which are as long as the regions' pieces.
     `meanwhile` is called again and again while a transfer is under way: two ranks that read
     from each other at the same time must also serve each other.
@@ -136,9 +141,10 @@ class Reader:
         for variable, value in UCX_READER_SETTINGS.items():
             os.environ.setdefault(variable, value)
         self._agent = new_agent(name)
-        self._attached: dict[str, _Attached] = {}
+        self._attached: dict[tuple[str, Tier], _Attached] = {}
+        self._known: set[str] = set()
         self._handles: list[Any] = []
-        kind, device = ("DRAM", 0) if device_id is None else ("VRAM", device_id)
+        kind, device = memory_of(device_id)
         self._agent.register_memory([(*extent, device, "") for extent in extents(regions)], kind)
         counts = np.array([region.blocks for region in regions])
         self._firsts = np.cumsum(counts) - counts
@@ -161,54 +167,46 @@ class Reader:
         self._buffer: tuple[mmap.mmap, int, Any] | None = None
         """The buffer, its address, and its descriptors; there once it is needed."""
 
-    def attach(self, peer: RemoteSlab) -> None:
-        """Prepare reading from `peer`. Nothing is sent yet; idempotent.
+    def attach(self, peer: RemoteSlab, tier: Tier = Tier.HOST) -> None:
+        """Prepare reading from that tier of `peer`. Nothing is sent yet; idempotent.
 
         Raises:
-            TransferError: the peer's metadata is refused, or nobody listens there any more.
+            TransferError: the peer's metadata is refused, what it describes cannot be read, or
+                nobody listens there any more.
         """
-        if peer.agent in self._attached:
+        if (peer.agent, tier) in self._attached:
             return
         try:
-            name = self._agent.add_remote_agent(peer.agent_metadata).decode()
-            if name != peer.agent:
-                self._agent.remove_remote_agent(name)
-                raise TransferError(f"the metadata of {peer.agent} is that of another agent")
-            starts = np.cumsum((0, *peer.parts[:-1]))
-            self._attached[name] = _Attached(
-                firsts=np.arange(len(peer.parts)) * peer.slots,
-                blocks=self._prepare(
-                    name,
-                    [(peer.base + start, length, 0, peer.slot_bytes, peer.slots)
-                     for start, length in zip(starts.tolist(), peer.parts, strict=True)],
-                    "DRAM",
-                ),
-                headers=self._prepare(
-                    name,
-                    [(peer.headers, PAGE_BYTES, 0, PAGE_BYTES, -(-peer.slots // HEADER_PAGE))],
-                    "DRAM",
-                ),
-            )  # fmt: skip
+            if peer.agent not in self._known:
+                self._get_to_know(peer)
+            self._attached[peer.agent, tier] = (
+                self._slab_of(peer) if tier is Tier.HOST else self._pool_of(peer)
+            )
         except NIXL_ERRORS as error:
             raise TransferError(f"{peer.agent} cannot be connected: {error}") from None
 
     def detach(self, agent: str) -> None:
         """Forget a peer from whom nothing is being read."""
-        attached = self._attached.pop(agent, None)
-        if attached is not None:
-            for handle in (attached.blocks, attached.headers):
-                self._handles.remove(handle)
-                handle.release()
+        for tier in (Tier.HOST, Tier.DEVICE):
+            attached = self._attached.pop((agent, tier), None)
+            if attached is not None:
+                for handle in (attached.blocks, attached.headers):
+                    self._handles.remove(handle)
+                    handle.release()
+        if agent in self._known:
+            self._known.remove(agent)
             self._agent.remove_remote_agent(agent)
 
-    def read_blocks(self, agent: str, slots: Indices, device: Indices, deadline: float) -> None:
-        """Slots of `agent` → device blocks.
+    def read_blocks(
+        self, agent: str, tier: Tier, slots: Indices, device: Indices, deadline: float
+    ) -> None:
+        """Slots of that tier of `agent` → device blocks.
 
         Raises:
             Unquiet: failed or too late; bytes may still arrive.
             TransferError: it ended, too late.
         """
-        peer = self._attached[agent]
+        peer = self._attached[agent, tier]
         ours = (device[:, None] + self._firsts).ravel()
         theirs = (slots[:, None] + peer.firsts).ravel()
         self._read(agent, self._pool, ours, peer.blocks, theirs, deadline)
@@ -222,7 +220,7 @@ class Reader:
             Unquiet, TransferError: as `read_blocks`.
         """
         assert len(slots) <= self.rows
-        peer = self._attached[agent]
+        peer = self._attached[agent, Tier.HOST]
         _, address, descriptors = self._buffer = self._buffer or self._new_buffer()
         rows = np.arange(len(slots))
         ours = (rows[:, None] + np.arange(len(self._parts)) * self.rows).ravel()
@@ -230,8 +228,8 @@ class Reader:
         self._read(agent, descriptors, ours, peer.blocks, theirs, deadline)
         return rows.astype(np.uint64) * np.uint64(self._row_bytes) + np.uint64(address)
 
-    def read_headers(self, agent: str, slots: Indices, deadline: float) -> Headers:
-        """The headers of `slots` of `agent`, as they are now.
+    def read_headers(self, agent: str, tier: Tier, slots: Indices, deadline: float) -> Headers:
+        """The headers of `slots` of that tier of `agent`, as they are now.
 
         They are read by the page: a small read costs what a page does, and the blocks of one
         request mostly lie together.
@@ -239,7 +237,7 @@ class Reader:
         Raises:
             Unquiet, TransferError: as `read_blocks`.
         """
-        theirs = self._attached[agent].headers
+        theirs = self._attached[agent, tier].headers
         page, within = np.divmod(slots, HEADER_PAGE)
         wanted = np.unique(page)
         pages = np.empty((len(wanted), HEADER_PAGE, HEADER_WORDS), np.uint64)
@@ -258,6 +256,41 @@ class Reader:
             handle._agent = None
         self._handles.clear()
         destroy(self._agent)
+
+    def _get_to_know(self, peer: RemoteSlab) -> None:
+        name = self._agent.add_remote_agent(peer.agent_metadata).decode()
+        if name != peer.agent:
+            self._agent.remove_remote_agent(name)
+            raise TransferError(f"the metadata of {peer.agent} is that of another agent")
+        self._known.add(name)
+
+    def _slab_of(self, peer: RemoteSlab) -> _Attached:
+        starts = np.cumsum((0, *peer.parts[:-1]))
+        rows = [
+            (peer.base + start, length, 0, peer.slot_bytes, peer.slots)
+            for start, length in zip(starts.tolist(), peer.parts, strict=True)
+        ]
+        return self._attachment(peer.agent, rows, "DRAM", peer.headers, peer.slots)
+
+    def _pool_of(self, peer: RemoteSlab) -> _Attached:
+        pool = peer.pool
+        assert pool is not None, "who does not lend is not read from"
+        kind, device = memory_of(pool.device)
+        rows = [
+            (address, length, device, stride, pool.blocks)
+            for (address, stride), length in zip(pool.regions, peer.parts, strict=True)
+        ]
+        return self._attachment(peer.agent, rows, kind, pool.headers, pool.blocks)
+
+    def _attachment(
+        self, agent: str, rows: Sequence[tuple[int, ...]], kind: str, headers: int, count: int
+    ) -> _Attached:
+        pages = (headers, PAGE_BYTES, 0, PAGE_BYTES, -(-count // HEADER_PAGE))
+        return _Attached(
+            firsts=np.arange(len(rows)) * count,
+            blocks=self._prepare(agent, rows, kind),
+            headers=self._prepare(agent, [pages], "DRAM"),
+        )
 
     def _new_buffer(self) -> tuple[mmap.mmap, int, Any]:
         nbytes = self.rows * self._row_bytes
@@ -315,6 +348,11 @@ class Reader:
             if now > spin_until:
                 self._meanwhile()
                 time.sleep(POLL_SECONDS)
+
+
+def memory_of(device_id: int | None) -> tuple[str, int]:
+    """What NIXL calls the memory of that CUDA device (None: ordinary memory)."""
+    return ("DRAM", 0) if device_id is None else ("VRAM", device_id)
 
 
 def extents(regions: list[Region]) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from kvbm_schemas.records import SlabRecord
 from kvbm_service.adapters import slab_memory
 from kvbm_service.adapters.contents import contents
 from kvbm_service.adapters.disk import Contents
-from kvbm_service.adapters.mover import HEADER, HEADER_PAGE, Blocks, Indices, Mask
+from kvbm_service.adapters.mover import HEADER, HEADER_PAGE, Blocks, Indices, Mask, Stamps
 
 Headers = npt.NDArray[np.void]
 """An array of `HEADER`."""
@@ -95,14 +95,11 @@ class Slab:
 
     def clear(self, slots: Indices) -> None:
         """Let the headers of `slots` name nothing."""
-        self.headers["fill"][slots] = EMPTY_FILL
+        clear(self.headers, slots)
 
     def stamp(self, blocks: Blocks, checksums: npt.NDArray[np.uint64]) -> None:
         """Let the headers of `blocks.slots` name these blocks, `fill` last."""
-        assert (blocks.fills != EMPTY_FILL).all(), "fill 0 means empty"
-        self.headers["hash"][blocks.slots] = blocks.hashes
-        self.headers["checksum"][blocks.slots] = checksums
-        self.headers["fill"][blocks.slots] = blocks.fills
+        stamp(self.headers, blocks.slots, blocks.hashes, blocks.fills, checksums)
 
     def read_headers(self, slots: Indices) -> Headers:
         """A copy of the headers of `slots`, as they are now."""
@@ -113,6 +110,25 @@ class Slab:
         self.headers = np.zeros(0, HEADER)
         self.blocks = np.zeros((0, self.slot_bytes), np.uint8)
         self._memory.close()
+
+
+def clear(headers: Headers, numbers: Indices) -> None:
+    """Let these headers name nothing."""
+    headers["fill"][numbers] = EMPTY_FILL
+
+
+def stamp(
+    headers: Headers,
+    numbers: Indices,
+    hashes: npt.NDArray[np.uint64],
+    fills: Stamps,
+    checksums: npt.NDArray[np.uint64],
+) -> None:
+    """Let these headers, which are clear, name these blocks; `fill` last."""
+    assert (fills != EMPTY_FILL).all(), "fill 0 means empty"
+    headers["hash"][numbers] = hashes
+    headers["checksum"][numbers] = checksums
+    headers["fill"][numbers] = fills
 
 
 def names(headers: Headers, blocks: Blocks) -> Mask:

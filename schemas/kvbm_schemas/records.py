@@ -57,6 +57,21 @@ class SlabRecord(msgspec.Struct, frozen=True):
     """A digest of how the engine arranges a block's bytes; blocks fit only where it is equal."""
 
 
+class DeviceRecord(msgspec.Struct, frozen=True):
+    """Where a rank's device pool lies in its own address space, for NIXL reads of lent blocks.
+
+    The pool's headers are a table like a slab's, one for each of the `blocks`, in ordinary memory.
+    The pieces of a block are as long as `slab.parts`.
+    """
+
+    headers: Address
+    blocks: Blocks
+    device: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)] | None
+    """The number of the CUDA device; None: the pool is ordinary memory."""
+    regions: Annotated[tuple[tuple[Address, Bytes], ...], msgspec.Meta(max_length=1 << 16)]
+    """For each piece of a block: where block 0 has it, and how far on the next block does."""
+
+
 class RankRecord(Message, frozen=True):
     """A worker: its NIXL agent and its slab."""
 
@@ -72,6 +87,8 @@ class RankRecord(Message, frozen=True):
     """The engine's life that this rank belongs to; its leader says the same of itself."""
     disk_slots: Blocks = 0
     """Blocks that fit into this rank's disk tier."""
+    device: DeviceRecord | None = None
+    """Its device pool, if others may read from that what is lent to them."""
 
 
 DirectoryRecord = NodeRecord | RankRecord

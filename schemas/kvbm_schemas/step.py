@@ -97,6 +97,39 @@ class RemoteFetch(Message, frozen=True):
     """Ours."""
 
 
+class Lend(Message, frozen=True):
+    """Let other nodes read device blocks from now on: their headers say what is in them.
+
+    Answered with a `Moved`. Until every rank has, nobody may be told where the blocks are: a rank
+    reads what the forward pass of this step has written, and never before.
+    """
+
+    op: Op
+    """Also the fill stamp that these blocks' headers get."""
+    hashes: BlockHashes
+    blocks: SlotIndices
+    """Device block numbers. Nothing may write to them until an `Unlend` has been answered."""
+
+    def __post_init__(self) -> None:
+        check_packed(self.hashes, HASH_BYTES, "hashes")
+        check_packed(self.blocks, 4, "blocks")
+        if len(self.hashes) // HASH_BYTES != len(self.blocks) // 4:
+            raise ValueError("the columns differ in length")
+
+
+class Unlend(Message, frozen=True):
+    """Let nobody believe any more what he reads from these device blocks.
+
+    Answered with a `Moved`. Once every rank has, the blocks may be used for something else.
+    """
+
+    op: Op
+    blocks: SlotIndices
+
+    def __post_init__(self) -> None:
+        check_packed(self.blocks, 4, "blocks")
+
+
 class LocalRead(Message, frozen=True):
     """Copy own slots of one tier into device blocks (G2 → G1, or G3 → G1)."""
 
@@ -107,7 +140,7 @@ class LocalRead(Message, frozen=True):
 
 
 class RemoteRead(Message, frozen=True):
-    """NIXL-READ another node's host slots straight into device blocks (remote G2 → G1)."""
+    """NIXL-READ what another node has straight into device blocks (remote G2 or G1 → G1)."""
 
     node: str
     agents: tuple[str, ...]
@@ -118,6 +151,8 @@ class RemoteRead(Message, frozen=True):
     fills: FillStamps
     slots: SlotIndices
     blocks: SlotIndices
+    tier: Tier = Tier.HOST
+    """The owner's. With `DEVICE`, `slots` are its device blocks, `fills` the ops of its `Lend`s."""
 
 
 class Load(Message, frozen=True):
@@ -151,11 +186,14 @@ class StepCommands(Message, frozen=True):
     it. Empty: anyone."""
     fence: Op = 0
     """Commands up to this number that come later are void. To be answered with a `Moved` of this
-    op, once nothing older is under way. 0: nothing to answer."""
+    op, once nothing older is under way, and nothing is lent any more that was lent by an older
+    one. 0: nothing to answer."""
+    lends: tuple[Lend, ...] = ()
+    unlends: tuple[Unlend, ...] = ()
 
 
 class Moved(Message, frozen=True):
-    """One rank has come to the end of a save, spill or fetch."""
+    """One rank has come to the end of a save, spill, fetch, lend or unlend."""
 
     op: Op
     failed: SlotIndices = b""

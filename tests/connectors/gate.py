@@ -7,8 +7,18 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kvbm_schemas.block import Tier
 from kvbm_service.adapters.disk import Contents, Disk
-from kvbm_service.adapters.mover import Blocks, Fence, Hop, Indices, Mask, Mover, RemoteSlab
+from kvbm_service.adapters.mover import (
+    Blocks,
+    DevicePool,
+    Fence,
+    Hop,
+    Indices,
+    Mask,
+    Mover,
+    RemoteSlab,
+)
 from kvbm_service.errors import TransferError
 
 PATIENCE_SECONDS = 30.0
@@ -81,15 +91,30 @@ class Gate:
     def load(self, blocks: Blocks) -> Mask:
         return self._read(self.loads, blocks, lambda: self._mover.load(blocks))
 
+    @property
+    def pool(self) -> DevicePool | None:
+        return self._mover.pool
+
+    def lend(self, blocks: Blocks) -> None:
+        self._mover.lend(blocks)
+
+    def unlend(self, device: Indices, op: int) -> None:
+        self._mover.unlend(device, op)
+
+    def unlend_all(self, op: int) -> None:
+        self._mover.unlend_all(op)
+
     def connect(self, peer: RemoteSlab) -> None:
         self._mover.connect(peer)
 
     def forget(self, agent: str) -> None:
         self._mover.forget(agent)
 
-    def pull(self, agent: str, blocks: Blocks, timeout_seconds: float) -> Mask:
+    def pull(
+        self, agent: str, blocks: Blocks, timeout_seconds: float, tier: Tier = Tier.HOST
+    ) -> Mask:
         return self._read(
-            self.pulls, blocks, lambda: self._mover.pull(agent, blocks, timeout_seconds)
+            self.pulls, blocks, lambda: self._mover.pull(agent, blocks, timeout_seconds, tier)
         )
 
     def fetch(self, agent: str, hop: Hop, timeout_seconds: float) -> Mask:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
-from kvbm_service.adapters.mover import RemoteSlab
+from kvbm_service.adapters.mover import DevicePool, RemoteSlab
 from kvbm_service.adapters.nixl_mover import NixlMover
 from tests.contracts.mover_rank import Rank, blocks
 
 PROGRESS_SECONDS = 0.002
+
+LENT_SECONDS = 0.002
+"""How long each time, where a block is lent again and again."""
 
 
 class OwnerProcess:
@@ -31,6 +37,8 @@ class OwnerProcess:
         said = self._hear()
         said["agent_metadata"] = base64.b64decode(said["agent_metadata"])
         said["parts"] = tuple(said["parts"])
+        *pool, regions = said["pool"]
+        said["pool"] = DevicePool(*pool, tuple((at, stride) for at, stride in regions))
         self.as_peer = RemoteSlab(**said)
 
     def save(self, seed: int, slots: list[int], device: list[int], fill: int = 1) -> None:
@@ -44,6 +52,22 @@ class OwnerProcess:
 
     def flip_a_bit(self, slot: int) -> None:
         self._ask("flip_a_bit", slot)
+
+    def fill_pool(self, seed: int) -> None:
+        self._ask("fill_pool", seed)
+
+    def lend(self, device: list[int], op: int) -> None:
+        self._ask("lend", device, op)
+
+    def unlend(self, device: list[int], op: int) -> None:
+        self._ask("unlend", device, op)
+
+    def write(self, number: int, octet: int) -> None:
+        self._ask("write", number, octet)
+
+    def keep_reusing(self, number: int) -> None:
+        """From now on lend one device block again and again, always with other bytes."""
+        self._ask("keep_reusing", number)
 
     def kill(self) -> None:
         """kill -9, and wait until it is gone."""
@@ -85,16 +109,41 @@ class LocalOwner:
         self.block = rank.block
         self.stamp = rank.stamp
         self.flip_a_bit = rank.flip_a_bit
+        self.fill_pool = rank.fill_pool
+        self.lend = rank.lend
+        self.unlend = rank.unlend
+        self.write = rank.write
+        self._reusing: threading.Thread | None = None
         self._open = True
 
     def save(self, seed: int, slots: list[int], device: list[int], fill: int = 1) -> None:
         self._rank.fill_pool(seed)
         self._rank.mover.save(blocks(slots, device, fill))
 
+    def keep_reusing(self, number: int) -> None:
+        self._reusing = threading.Thread(target=self._keep_reusing, args=(number,), daemon=True)
+        self._reusing.start()
+
+    def _keep_reusing(self, number: int) -> None:
+        for op in itertools.count(2, 2):
+            if not self._open:
+                return
+            self._rank.write(number, octet_under(op))
+            self._rank.lend([number], op)
+            time.sleep(LENT_SECONDS)
+            self._rank.unlend([number], op + 1)
+
     def close(self) -> None:
         if self._open:
             self._open = False
+            if self._reusing is not None:
+                self._reusing.join()
             self._rank.close()
+
+
+def octet_under(op: int) -> int:
+    """What all bytes of a block that is reused are while it is lent under this op."""
+    return op // 2 % 251
 
 
 def main() -> None:

@@ -51,11 +51,19 @@ LAYOUTS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
 }
 
 
+MANY_PARTS = "many_parts"
+"""A layout for which a slab of so many slots takes 100 MB: not for every test."""
+
+
+def _many_parts() -> dict[str, torch.Tensor]:
+    return {f"layer{i}": torch.zeros(2, POOL, 16, 4, 32, dtype=torch.bfloat16) for i in range(40)}
+
+
 class Rank:
     """A rank whose device pool, slab and headers tests can look into and change."""
 
     def __init__(self, kind: Kind, layout: str = "heads_first", *, verify: bool = False) -> None:
-        self.caches = LAYOUTS[layout]()
+        self.caches = _many_parts() if layout == MANY_PARTS else LAYOUTS[layout]()
         found = regions(self.caches, POOL)
         self.slab = Slab(SLOTS, parts(found))
         self.mover = kind(HostTier(self.slab, found, CpuCopies(), verify=verify))
@@ -68,6 +76,7 @@ class Rank:
             slots=record.slots,
             slot_bytes=record.slot_bytes,
             parts=record.parts,
+            pool=self.mover.pool,
         )
 
     def fill_pool(self, seed: int) -> None:
@@ -84,6 +93,20 @@ class Rank:
             for cache in self.caches.values()
             for half in ([cache] if cache.shape[0] == POOL else list(cache))
         )
+
+    def lend(self, device: list[int], op: int) -> None:
+        """Lend these device blocks, named like slots of the same numbers."""
+        self.mover.lend(blocks(device, device, op))
+
+    def unlend(self, device: list[int], op: int) -> None:
+        self.mover.unlend(np.array(device, np.uint32), op)
+
+    def write(self, number: int, octet: int) -> None:
+        """Let all bytes of one device block be this one, as an engine that uses it again would."""
+        for cache in self.caches.values():
+            halves = [cache] if cache.shape[0] == POOL else list(cache)
+            for half in halves:
+                half[number].view(torch.uint8).fill_(octet)
 
     def stamp(self, slot: int, name: tuple[int, int], fill: int) -> None:
         """Let the header of `slot` name something else."""

@@ -12,14 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvbm_schemas.block import Tier
 from kvbm_service.adapters.memcpy_mover import MemcpyMover
-from kvbm_service.adapters.mover import Blocks, Hop
+from kvbm_service.adapters.mover import Blocks, Hop, Region
 from kvbm_service.adapters.nixl_mover import NixlMover
 from kvbm_service.adapters.nixl_reader import QUIET_SECONDS
 from kvbm_service.adapters.slab import EMPTY_FILL
 from kvbm_service.errors import TransferError
-from tests.contracts.mover_owner import LocalOwner, OwnerProcess
-from tests.contracts.mover_rank import LAYOUTS, POOL, SLOTS, Kind, Rank, blocks, name
+from tests.contracts.mover_owner import LocalOwner, OwnerProcess, octet_under
+from tests.contracts.mover_rank import (
+    LAYOUTS,
+    MANY_PARTS,
+    POOL,
+    SLOTS,
+    Kind,
+    Rank,
+    blocks,
+    name,
+)
 
 SECONDS = 10.0
 """A timeout that a pull between healthy ranks never needs."""
@@ -113,6 +123,11 @@ def empty(rank: Rank, slots: list[int]) -> list[bool]:
 
 def pull(rank: Rank, owner: Owner, wanted: Blocks, seconds: float = SECONDS) -> list[bool]:
     return rank.mover.pull(owner.as_peer.agent, wanted, seconds).tolist()
+
+
+def pull_lent(rank: Rank, owner: Owner, wanted: Blocks, seconds: float = SECONDS) -> list[bool]:
+    agent = owner.as_peer.agent
+    return rank.mover.pull(agent, wanted, seconds, Tier.DEVICE).tolist()
 
 
 # -- own slab ----------------------------------------------------------------------------------
@@ -381,6 +396,174 @@ def test_slots_that_do_not_exist_are_refused_before_anything_is_fetched(hall: Ha
             fetch(rank, owner, wrong)
     assert empty(rank, [0, 1]) == [False, True]
     assert fetch(rank, owner, hop([], [], fill=9)) == []
+
+
+# -- another rank's device pool -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, MANY_PARTS])
+def test_a_lent_block_is_pulled_byte_for_byte_and_touches_no_other(hall: Hall, layout: str) -> None:
+    rank, owner = hall.rank(layout), hall.owner(layout)
+    owner.fill_pool(seed=5)
+    owner.lend([23, 0, 3], op=10)
+    rank.fill_pool(seed=2)
+    before = {number: rank.block(number) for number in range(POOL)}
+    rank.mover.connect(owner.as_peer)
+
+    assert pull_lent(rank, owner, blocks([3, 23, 0], [7, 8, 23], fill=10)) == [True] * 3
+
+    assert [rank.block(number) for number in (7, 8, 23)] == [
+        owner.block(number) for number in (3, 23, 0)
+    ]
+    others = set(range(POOL)) - {7, 8, 23}
+    assert all(rank.block(number) == before[number] for number in others)
+
+
+def test_only_what_is_lent_now_under_this_name_and_op_is_believed(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    owner.fill_pool(seed=5)
+    owner.lend([4, 5, 6, 7], op=20)
+    owner.unlend([5], op=21)
+    owner.lend([6], op=22)
+    rank.mover.connect(owner.as_peer)
+    assert pull_lent(rank, owner, blocks([4, 5, 6, 7, 8], [0, 1, 2, 3, 4], fill=20)) == [
+        True, False, False, True, False,
+    ]  # fmt: skip
+    assert pull_lent(rank, owner, blocks([6], [2], fill=22)) == [True]
+    assert rank.block(2) == owner.block(6)
+    otherwise_named = blocks([4], [0], fill=20)._replace(hashes=blocks([9], [0]).hashes)
+    assert pull_lent(rank, owner, otherwise_named) == [False]
+
+
+def test_what_is_lent_says_nothing_of_the_slot_of_the_same_number(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    owner.save(5, [11], [0], fill=30)
+    owner.lend([12], op=30)
+    rank.mover.connect(owner.as_peer)
+    for _ in range(2):
+        wanted = blocks([11, 12], [1, 2], fill=30)
+        assert pull(rank, owner, wanted) == [True, False]
+        assert rank.block(1) == owner.block(0)
+        assert pull_lent(rank, owner, wanted) == [False, True]
+        assert rank.block(2) == owner.block(12)
+        rank.mover.forget(owner.as_peer.agent)
+        rank.mover.connect(owner.as_peer)
+
+
+def test_a_block_taken_back_and_used_while_it_is_read_is_refused(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    owner.lend([4, 5], op=40)
+    rank.mover.connect(owner.as_peer)
+    read: Callable[..., None] = rank.mover._read
+
+    def read_and_lose_the_race(*args: Any) -> None:
+        owner.unlend([5], op=41)
+        owner.write(5, 99)
+        read(*args)
+        owner.lend([5], op=42)
+
+    monkeypatch.setattr(rank.mover, "_read", read_and_lose_the_race)
+    assert pull_lent(rank, owner, blocks([4, 5], [4, 5], fill=40)) == [True, False]
+
+
+def test_a_block_that_is_reused_all_the_time_is_believed_only_with_the_bytes_it_had(
+    nixl: Hall,
+) -> None:
+    """Its owner lends it, takes it back and writes to it with no regard for us."""
+    rank, owner = nixl.rank(), nixl.process()
+    agent, first = owner.as_peer.agent, np.array([9], np.uint32)
+    rank.mover.connect(owner.as_peer)
+    owner.lend([9], op=1)
+    assert pull_lent(rank, owner, blocks([9], [0], fill=1)) == [True]
+    owner.keep_reusing(9)
+    answers = {True: 0, False: 0}
+    deadline = time.monotonic() + 60
+    while min(answers.values()) < 30:
+        assert time.monotonic() < deadline, answers
+        headers = rank.mover._reader.read_headers(agent, Tier.DEVICE, first, deadline)
+        op = int(headers["fill"][0])
+        if op == EMPTY_FILL or op == 1:
+            continue
+        believed = pull_lent(rank, owner, blocks([9], [0], fill=op)) == [True]
+        answers[believed] += 1
+        if believed:
+            assert set(rank.block(0)) == {octet_under(op)}
+        else:
+            time.sleep(0.0005 * (answers[False] % 7))  # come at all moments of its round
+
+
+def test_verification_sees_a_lent_block_that_was_written_to(hall: Hall) -> None:
+    rank, owner = hall.rank(verify=True), hall.owner(verify=True)
+    owner.fill_pool(seed=5)
+    owner.lend([4, 5], op=50)
+    rank.mover.connect(owner.as_peer)
+    assert pull_lent(rank, owner, blocks([4, 5], [4, 5], fill=50)) == [True, True]
+    owner.write(5, 99)
+    assert pull_lent(rank, owner, blocks([4, 5], [4, 5], fill=50)) == [True, False]
+
+
+def test_device_blocks_that_do_not_exist_are_neither_lent_nor_pulled(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    rank.mover.connect(owner.as_peer)
+    with pytest.raises(TransferError):
+        rank.lend([0, POOL], op=1)
+    with pytest.raises(TransferError):
+        rank.unlend([POOL], op=1)
+    for wrong in (blocks([POOL], [0]), blocks([0], [POOL])):
+        with pytest.raises(TransferError):
+            pull_lent(rank, owner, wrong)
+    assert pull_lent(rank, owner, blocks([], [])) == []
+
+
+def test_who_does_not_lend_is_read_from_the_host_tier_only(hall: Hall) -> None:
+    rank, owner = hall.rank(), hall.owner()
+    owner.save(5, [4], [4])
+    rank.mover.connect(owner.as_peer._replace(pool=None))
+    with pytest.raises(TransferError, match="does not lend"):
+        pull_lent(rank, owner, blocks([4], [4]))
+    assert pull(rank, owner, blocks([4], [4])) == [True]
+
+
+def test_a_pool_that_cannot_be_registered_is_not_lent_from_and_that_is_said_once(
+    nixl: Hall, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def in_no_memory(regions: list[Region]) -> list[tuple[int, int]]:
+        return [(0, -1) for _ in regions]
+
+    monkeypatch.setattr("kvbm_service.adapters.nixl_mover.extents", in_no_memory)
+    owner = nixl.rank()
+    monkeypatch.undo()
+    assert owner.as_peer.pool is None
+    assert caplog.text.count("device blocks cannot be lent") == 1
+    with pytest.raises(TransferError, match="cannot be read by others"):
+        owner.lend([4], op=1)
+    owner.unlend([4], op=2)
+
+
+def test_an_owner_killed_in_the_middle_of_a_pull_of_what_it_lent_fails_it_in_time(
+    nixl: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, owner, other = nixl.rank(), nixl.process(), nixl.owner()
+    owner.lend([4], op=60)
+    other.lend([4], op=60)
+    rank.mover.connect(owner.as_peer)
+    read: Callable[..., Any] = rank.mover._read
+
+    def read_and_kill(*args: Any) -> None:
+        read(*args)
+        owner.kill()
+
+    monkeypatch.setattr(rank.mover, "_read", read_and_kill)
+    began = time.monotonic()
+    with pytest.raises(TransferError):
+        pull_lent(rank, owner, blocks([4], [4], fill=60), seconds=1.0)
+    assert time.monotonic() - began < SECONDS
+    monkeypatch.undo()
+    rank.mover.connect(other.as_peer)
+    assert pull_lent(rank, other, blocks([4], [4], fill=60)) == [True]
+    assert rank.block(4) == other.block(4)
 
 
 # -- peers that fail, in processes of their own -------------------------------------------------

@@ -16,7 +16,7 @@ from kvbm_schemas.block import Tier
 from kvbm_schemas.codec import Wire, encode
 from kvbm_schemas.events import Beat, Cleared, Loaded, Removed, Source, Stored
 from kvbm_schemas.message import Message
-from kvbm_schemas.records import NodeRecord, RankRecord, SlabRecord, TierStatus
+from kvbm_schemas.records import DeviceRecord, NodeRecord, RankRecord, SlabRecord, TierStatus
 from kvbm_schemas.requests import (
     Acquire,
     Holder,
@@ -33,6 +33,7 @@ from kvbm_schemas.requests import (
 )
 from kvbm_schemas.step import (
     Fetch,
+    Lend,
     Load,
     LoadResult,
     LocalRead,
@@ -44,6 +45,7 @@ from kvbm_schemas.step import (
     StepCommands,
     StepResults,
     Survivors,
+    Unlend,
     mark,
 )
 
@@ -60,6 +62,12 @@ RANK = RankRecord(
     node="a", rank=1, world_size=2, agent="a/1/x", agent_metadata=b"\x00\xff", slab=SLAB,
     device_blocks=64, instance="l1fe", disk_slots=128,
 )  # fmt: skip
+LENDER = replace(
+    RANK,
+    device=DeviceRecord(
+        headers=1 << 38, blocks=64, device=1, regions=((1 << 47, 2048), ((1 << 47) + 512, 2048))
+    ),
+)
 SAVE = Save(op=3, hashes=TWO, blocks=SLOTS, slots=SLOTS, tier=Tier.DISK)
 SPILL = Spill(op=6, hashes=TWO, fills=FILLS, host=SLOTS, disk=SLOTS)
 FETCH = Fetch(op=7, hashes=TWO, fills=FILLS, disk=SLOTS, host=SLOTS, instance="l1fe")
@@ -67,12 +75,15 @@ REMOTE_FETCH = RemoteFetch(
     op=8, node="b", agents=("b/0/x", "b/1/x"), seconds=2.5, hashes=TWO, fills=FILLS, slots=SLOTS,
     host=SLOTS,
 )  # fmt: skip
+LEND = Lend(op=9, hashes=TWO, blocks=SLOTS)
+UNLEND = Unlend(op=10, blocks=SLOTS)
 MOVED = Moved(op=3, failed=SLOTS, reason="disk full", seconds=0.5)
 LOCAL = LocalRead(hashes=TWO, fills=FILLS, slots=SLOTS, blocks=SLOTS)
 REMOTE = RemoteRead(
     node="b", agents=("b/0/x", "b/1/x"), seconds=2.5, hashes=TWO, fills=FILLS, slots=SLOTS,
     blocks=SLOTS,
 )  # fmt: skip
+LENT = replace(REMOTE, tier=Tier.DEVICE)
 LOAD = Load(op=4, request="r", local=LOCAL, remote=(REMOTE,), disk=LOCAL)
 RESULT = LoadResult(
     op=4, request="r", failed_blocks=SLOTS, reason="timed out", host_seconds=0.125,
@@ -111,14 +122,21 @@ EXAMPLES: dict[str, Message] = {
     "noderecord, bare": NodeRecord(node="a", epoch=9, world_size=1, block_bytes=8192),
     "rankrecord": RANK,
     "rankrecord, no disk": replace(RANK, disk_slots=0),
+    "rankrecord, that lends": LENDER,
+    "rankrecord, that lends ordinary memory": replace(
+        LENDER, device=DeviceRecord(headers=1 << 38, blocks=64, device=None, regions=())
+    ),
     "save": SAVE,
     "save, to the host": replace(SAVE, tier=Tier.HOST),
     "spill": SPILL,
     "fetch": FETCH,
     "fetch, with the step": replace(FETCH, instance=""),
     "remotefetch": REMOTE_FETCH,
+    "lend": LEND,
+    "unlend": UNLEND,
     "localread": LOCAL,
     "remoteread": REMOTE,
+    "remoteread, of what is lent": LENT,
     "load": LOAD,
     "load, nothing": Load(op=4, request="r"),
     "load, no disk": replace(LOAD, disk=None),
@@ -128,6 +146,7 @@ EXAMPLES: dict[str, Message] = {
     ),
     "stepcommands, nothing": StepCommands(),
     "stepcommands, after a loss": StepCommands(meant=mark("b/0/1") + mark("b/1/2"), fence=7),
+    "stepcommands, to lend": StepCommands(lends=(LEND,), unlends=(UNLEND,)),
     "loadresult": RESULT,
     "loadresult, all well": LoadResult(op=4, request="r"),
     "loadresult, not timed": LoadResult(
