@@ -80,7 +80,7 @@ class Worker:
     def hold(self) -> threading.Event:
         """Let the copies wait until this is set."""
         go_on = threading.Event()
-        self.service._copies.add(Job(lambda: go_on.wait() and None, lambda _: None))
+        self.service._copies.add(Job(lambda: go_on.wait(30.0) and None, lambda _: None))
         return go_on
 
 
@@ -142,9 +142,16 @@ def test_a_rank_that_came_after_a_lender_knows_nothing_of_what_was_lent(
 def test_nothing_is_lent_before_the_forward_pass_has_written_it(
     lender: Worker, reader: Worker
 ) -> None:
-    computed = threading.Event()
-    lender.rank.mover.mark = lambda: lambda: computed.wait() and None
+    waiting, computed = threading.Event(), threading.Event()
+
+    def forward_pass() -> None:
+        waiting.set()
+        computed.wait(30.0)
+
+    lender.rank.mover.mark = lambda: forward_pass
     lender.submit(lends=(lend(7, 4),))
+    assert waiting.wait(30.0)
+    assert lent(lender) == {}
     assert not reader.arrived(2, lender, 4, fill=7)
     lender.rank.write(4, 99)
     computed.set()
@@ -186,6 +193,7 @@ def test_a_fence_takes_back_all_that_was_lent_before_it_and_voids_what_comes_lat
     lender.answer(11)
     assert lent(lender) == {5: 10, 6: 11}
     assert not reader.arrived(12, lender, 4, fill=7)
+    assert lender.moved[8].failed == b"", "what came late was not begun, nor answered"
 
 
 def test_commands_that_come_twice_or_late_undo_nothing_that_came_after_them() -> None:
