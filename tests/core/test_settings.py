@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from kvbm_schemas.codec import Wire
 from kvbm_service import settings as module
@@ -151,14 +152,13 @@ SWITCHES = [setting.variable for setting in TABLE.values() if setting.kind is BO
 @pytest.mark.parametrize("word", ["1", "true", "True", "YES", "on", " on "])
 @pytest.mark.parametrize("variable", SWITCHES)
 def test_a_switch_is_on_in_these_words(variable: str, word: str) -> None:
-    settings = Settings.load({variable: word})
-    assert [field for field in TABLE if getattr(settings, field) is True] == [_field(variable)]
+    assert Settings.load({variable: word}) == replace(Settings(), **{_field(variable): True})
 
 
 @pytest.mark.parametrize("word", ["0", "false", "FALSE", "No", "off"])
 @pytest.mark.parametrize("variable", SWITCHES)
 def test_a_switch_is_off_in_these_words(variable: str, word: str) -> None:
-    assert Settings.load({variable: word}) == Settings()
+    assert Settings.load({variable: word}) == replace(Settings(), **{_field(variable): False})
 
 
 def _field(variable: str) -> str:
@@ -213,6 +213,7 @@ BAD = [
     ("KVBM_MEMBERSHIP_SECONDS", "0", "a number of seconds"),
     ("KVBM_VERIFY", "maybe", "1, true, yes or on; 0, false, no or off"),
     ("KVBM_VERIFY", "2", "1, true, yes or on"),
+    ("KVBM_LEND_DEVICE", "host", "1, true, yes or on"),
     ("KVBM_HOST_CACHE_DIR", "/dev/null", "the path of a directory, or none"),
     ("DYN_KVBM_DISK_CACHE_GB", "-0.5", "a number of GB from 0 to 1000000"),
     ("DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS", "many", "a whole number of blocks from 0 to"),
