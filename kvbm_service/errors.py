@@ -12,6 +12,9 @@
     ├── LayoutError           the engine's memory cannot be cached as configured
     ├── EngineTooOld          the engine lacks what a connector needs: names what will do
     ├── RanksMissing          not every rank reported in time: names the missing ones
+    ├── RouteError            a prompt found no answer
+    │   ├── NoEngine          there is nobody to send it to
+    │   └── EngineLost        an engine cannot be reached, or died over it
     └── TransferError         bytes did not arrive, or cannot be trusted
 
 Each message is one line that says what is wrong and what to do about it.
@@ -70,6 +73,18 @@ class EngineTooOld(KvbmError):
 
 class RanksMissing(KvbmError):
     """Not every rank reported in time."""
+
+
+class RouteError(KvbmError):
+    """A prompt found no answer."""
+
+
+class NoEngine(RouteError):
+    """There is no engine that a prompt could be sent to."""
+
+
+class EngineLost(RouteError):
+    """An engine cannot be reached, says that it cannot serve, or died over a request."""
 
 
 class TransferError(KvbmError):

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from kvbm_schemas.block import BlockHash, Tier
 from kvbm_schemas.codec import encode
@@ -40,6 +40,15 @@ MAX_ENGINE_EVENTS = 4096
 T = TypeVar("T")
 
 
+class Front(NamedTuple):
+    """How prompts reach the leader's engine, for those who route them; see `NodeRecord`."""
+
+    url: str = ""
+    role: str = "both"
+    names: str = ""
+    model: str = ""
+
+
 class LeaderService:
     """One node's leader. Call `start`, then the engine side from one thread, then `close`."""
 
@@ -54,6 +63,7 @@ class LeaderService:
         instance: str = "",
         engine_wants_events: bool = False,
         block_tokens: int = 1,
+        front: Front = Front(),  # noqa: B008 # it cannot be changed
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.node = node
@@ -62,6 +72,8 @@ class LeaderService:
         """Messages that were not what their subject carries."""
         self._settings = settings
         self._engine = engine
+        self._block_tokens = block_tokens
+        self._front = front
         self._clock = clock
         self._lock = threading.Lock()
         self._roster = Roster(world_size, instance)
@@ -381,6 +393,8 @@ class LeaderService:
                 tiers=tiers,
                 engine=self._engine,
                 instance=self._instance,
+                block_tokens=self._block_tokens,
+                **self._front._asdict(),
             )
         )
 

@@ -111,6 +111,7 @@ TOKEN = Kind(_TOKEN_WORDS, _parse_token)
 NODE_NAME = Kind(f"{_TOKEN_WORDS}; not {REGISTRY_NODE!r}, which is reserved", _parse_node_name)
 
 _NATS_SCHEMES = ("nats", "tls")
+_HTTP_SCHEMES = ("http", "https")
 _ETCD_SCHEMES = ("etcd", "etcds")
 
 
@@ -229,3 +230,28 @@ def _matching(pattern: str) -> Callable[[object], str]:
 
 BACKEND = Kind("the name of a NIXL backend: 1 to 64 letters, digits or _", _matching(r"\w{1,64}"))
 ADDRESS = Kind("an address or a host's name", _matching(r"[\w.:%-]{1,255}"))
+
+
+def parse_http_url(value: object) -> str:
+    """The base URL of an HTTP server, without the `/v1` that clients are often given.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    if not isinstance(value, str):
+        raise TypeError
+    url = value.strip().rstrip("/").removesuffix("/v1")
+    parts = urlsplit(url)
+    good = parts.scheme in _HTTP_SCHEMES and parts.hostname and parts.port != 0
+    if not good or parts.query or parts.fragment or "@" in parts.netloc or len(url) > 256:
+        raise ValueError
+    if any(character.isspace() for character in url):
+        raise ValueError
+    return url
+
+
+HTTP_URL = Kind(
+    "http://host:port (or https://), without a login",
+    lambda value: parse_http_url(value) if value else "",
+    show_refused=shown_urls,
+)

@@ -33,6 +33,7 @@ from kvbm_service.setting_kind import (
     DIRECTORY,
     DIRECTORY_OR_NONE,
     DIRECTORY_URLS,
+    HTTP_URL,
     NODE_NAME,
     NOWHERE,
     PEM,
@@ -308,6 +309,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "This node's name. Unset: the host's name and a random suffix.",
         ),
     ] = ""
+    engine_url: Annotated[
+        str,
+        Setting(
+            "KVBM_ENGINE_URL",
+            HTTP_URL,
+            "Where this engine serves OpenAI's interface, as `kvbm route` reaches it. Unset: "
+            "nothing is routed to it.",
+        ),
+    ] = ""
+    route_deadline_seconds: Annotated[
+        float,
+        Setting(
+            "KVBM_ROUTE_DEADLINE_MS",
+            number(0, 10_000, "milliseconds", scale=0.001),
+            "How long `kvbm route` tries to find out who has a prompt's prefix. 0: it goes by "
+            "load alone.",
+            field_kind=number(0, 10, "seconds"),
+        ),
+    ] = 0.05
     lookup_deadline_seconds: Annotated[
         float,
         Setting(

@@ -20,7 +20,7 @@ from kvbm_connectors.trtllm_names import NameChain, root_of, salt_of
 from kvbm_connectors.trtllm_step import Commands, Ready
 from kvbm_schemas.step import StepResults
 from kvbm_service.errors import LayoutError
-from kvbm_service.leader_service import LeaderService
+from kvbm_service.leader_service import Front, LeaderService
 from kvbm_service.network import over_nats
 from kvbm_service.settings import Settings
 
@@ -82,6 +82,7 @@ class LeaderSide:
             engine="trtllm",
             instance=identity.instance,
             block_tokens=block_tokens,
+            front=Front(self._settings.engine_url),
         )
         self._service.start()
 

@@ -85,6 +85,7 @@ class KvbmConnector(KVConnectorBase_V1):
                 instance=vllm_layout.instance(vllm_config),
                 engine_wants_events=wants_events,
                 block_tokens=block_size,
+                front=vllm_layout.front(vllm_config, settings),
             )
             leader.start()
             events = EngineEvents(leader, wants_events, block_size)

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvbm_connectors.vllm_releases import SHARED_NAMES
+from kvbm_connectors.vllm_releases import KEYS_OF_NAMES, SEED_OF_NAMES, SHARED_NAMES
 from kvbm_schemas.block import HASH_BYTES, BlockHash
 from kvbm_schemas.subjects import REGISTRY_NODE, Scope
 from kvbm_service.errors import LayoutError, SettingError
+from kvbm_service.leader_service import Front
+from kvbm_service.route.fleet import Role
+from kvbm_service.route.vllm_names import ALGORITHMS, Naming
 from kvbm_service.settings import Settings
 
 if TYPE_CHECKING:
@@ -161,3 +164,29 @@ def weights(config: VllmConfig) -> str:
 def name_of(block_hash: bytes) -> BlockHash:
     """A block's name: the head of vLLM's own chained hash."""
     return BlockHash(block_hash[:HASH_BYTES])
+
+
+def front(config: VllmConfig, settings: Settings) -> Front:
+    """How prompts reach this engine, and what a router has to know to send it the right ones."""
+    transfer = config.kv_transfer_config
+    assert transfer is not None
+    served = config.model_config.served_model_name
+    return Front(
+        url=settings.engine_url,
+        role=ROLES.get(str(transfer.kv_role), Role.BOTH),
+        names=_naming(config),
+        model=str(served if isinstance(served, str) else served[0] if served else ""),
+    )
+
+
+ROLES = {"kv_producer": Role.PREFILL, "kv_consumer": Role.DECODE, "kv_both": Role.BOTH}
+"""What vLLM calls what an engine is for."""
+
+
+def _naming(config: VllmConfig) -> str:
+    """How the engine names blocks; empty where another process cannot do the same."""
+    algorithm = str(config.cache_config.prefix_caching_hash_algo)
+    seed = os.environ.get("PYTHONHASHSEED", SEED_OF_NAMES)
+    if algorithm not in ALGORITHMS or not seed:
+        return ""
+    return str(Naming(KEYS_OF_NAMES, algorithm, seed))

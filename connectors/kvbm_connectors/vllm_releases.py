@@ -14,6 +14,7 @@ from vllm.v1.core import kv_cache_utils
 
 from kvbm_service.core.reads import Hits
 from kvbm_service.errors import EngineTooOld
+from kvbm_service.route.vllm_names import Keys
 
 LOWEST = "0.26"
 """The lowest release on which all of this was seen to work."""
@@ -60,6 +61,13 @@ HIT_SOURCES = Novelty(
     hasattr(KVConnectorBase_V1, "get_external_cache_hit_sources"),
 )
 """Without it, vLLM's own metrics do not tell our tiers apart. Ours do."""
+
+KEYS_OF_NAMES = Keys.TAGGED if hasattr(kv_cache_utils, "to_event_extra_keys") else Keys.PLAIN
+"""How adapters and salts go into the names of blocks; a release that tags them unties the tags
+again for its event stream."""
+
+SEED_OF_NAMES: str = getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", "")
+"""What names of blocks begin with where PYTHONHASHSEED is not set; empty: something random."""
 
 NOVELTIES = (SHARED_NAMES, PATIENCE, HIT_SOURCES)
 

@@ -37,6 +37,16 @@ class NodeRecord(Message, frozen=True):
     engine: Annotated[str, msgspec.Meta(max_length=64)] = ""
     instance: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """Tells two processes that claim the same name apart."""
+    url: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    """Where the engine serves OpenAI's interface. Empty: nothing is routed to it."""
+    role: Annotated[str, msgspec.Meta(max_length=16)] = "both"
+    """What the engine is for: `both`, `prefill` or `decode`."""
+    block_tokens: Blocks = 0
+    """Tokens per block; 0: not said."""
+    names: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    """How the engine names blocks (`kvbm_service.route.vllm_names`). Empty: not known."""
+    model: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    """What the engine calls the model that it serves."""
 
 
 class SlabRecord(msgspec.Struct, frozen=True):

@@ -119,6 +119,10 @@ EXAMPLES: dict[str, Message] = {
         node="a", epoch=9, world_size=2, block_bytes=8192,
         tiers=(TierStatus(Tier.HOST, 100, 50, 5),), engine="vllm", instance="f00d",
     ),
+    "noderecord, routed to": NodeRecord(
+        node="a", epoch=9, world_size=1, block_bytes=8192, url="http://10.0.0.1:8001",
+        role="decode", block_tokens=32, names="vllm tagged sha256 vllm-none-hash", model="tiny",
+    ),
     "noderecord, bare": NodeRecord(node="a", epoch=9, world_size=1, block_bytes=8192),
     "rankrecord": RANK,
     "rankrecord, no disk": replace(RANK, disk_slots=0),

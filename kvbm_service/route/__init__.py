@@ -1,0 +1,1 @@
+"""One HTTP front for several engines: a prompt goes where its prefix is, or where there is room."""
