@@ -53,16 +53,18 @@ async def open_directory(settings: Settings, bus: NatsBus) -> AsyncIterator[Dire
 
 
 @asynccontextmanager
-async def open_network(settings: Settings, name: str) -> AsyncIterator[Network]:
-    """A bus and a directory for a registry, which waits for servers that are not there yet.
+async def open_network(
+    settings: Settings, name: str, inbox: str = REGISTRY_INBOX
+) -> AsyncIterator[Network]:
+    """A bus and a directory for a service, which waits for servers that are not there yet.
 
     Raises:
         BusUnavailable: NATS refuses us.
     """
     check_directory(settings)
-    bus = await connect_bus(settings, name, REGISTRY_INBOX)
+    bus = await connect_bus(settings, name, inbox)
     try:
-        directory = await connect_directory(settings, bus, name, REGISTRY_INBOX, leaders_only=True)
+        directory = await connect_directory(settings, bus, name, inbox, leaders_only=True)
     except BaseException:
         await bus.close()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvbm_service.cli import bench, cluster, config, permissions, replay, serve, show, watch
+from kvbm_service.cli import bench, cluster, config, permissions, replay, route, serve, show, watch
 from kvbm_service.cli.options import Credentials, Namespace, NatsUrl
 
 _HELP = """A KV-block cache shared by LLM engines, over NATS.
@@ -12,6 +12,7 @@ _HELP = """A KV-block cache shared by LLM engines, over NATS.
 \b
 Examples:
   kvbm up                         start NATS and a registry on this host
+  kvbm route --port 8000          one OpenAI-compatible front for all engines
   kvbm config                     every setting, and where its value came from
   kvbm ls                         who takes part, and how full their tiers are
   kvbm locate 9f86d081884c7d65…   who holds this block, and in which tier
@@ -32,6 +33,7 @@ app = typer.Typer(
 _COMMANDS = (
     serve.up,
     serve.registry,
+    route.route,
     cluster.ls,
     cluster.locate,
     watch.tap,
