@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -38,10 +38,12 @@ def start_worker(
     kv_caches: Mapping[str, torch.Tensor],
     device_blocks: int,
     connect: Connect,
+    groups: Sequence[Collection[str]] = (),
 ) -> WorkerService:
     """Allocate one rank's share of the tiers beside its KV tensors, and start its worker.
 
-    `kv_caches` has one tensor per layer; `device_blocks` of them fit into each. The tiers have
+    `kv_caches` has one tensor per layer; `device_blocks` of them fit into each. `groups` are the
+    layers by block table, where there are several (`device_pool.regions`). The tiers have
     as many slots as the settings allow if all ranks have blocks like this one's. What an earlier
     engine of the same scope left in them is found again.
 
@@ -50,7 +52,7 @@ def start_worker(
         SettingError: no tier has a size, or not even one block fits into one that has.
         TransferError: the memory cannot be pinned.
     """
-    regions = device_pool.regions(kv_caches, device_blocks)
+    regions = device_pool.regions(kv_caches, device_blocks, groups)
     lengths = parts(regions)
     slots = tier_slots(settings, sum(lengths) * rank.world_size)
     layout = _layout(kv_caches)

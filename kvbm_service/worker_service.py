@@ -40,6 +40,7 @@ from kvbm_schemas.step import (
 from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters.disk import Disk, DiskLost
 from kvbm_service.adapters.mover import (
+    NO_BLOCK,
     Blocks,
     DevicePool,
     Fence,
@@ -397,13 +398,14 @@ class WorkerService:
 
             def tell() -> None:
                 load.seconds[source] = load.seconds.get(source, 0.0) + seconds
-                self._part_done(load, blocks.device[~arrived], "a slot held something else")
+                lost = _first_of_rows(blocks.device[~arrived])
+                self._part_done(load, lost, "a slot held something else")
 
             return tell
 
         def failed(error: TransferError) -> None:
             self._note(error)
-            self._part_done(load, blocks.device, str(error))
+            self._part_done(load, _first_of_rows(blocks.device), str(error))
 
         if lane is None:
             failed(TransferError(NO_DISK))
@@ -518,5 +520,19 @@ def _columns(
         hashes=np.frombuffer(hashes, dtype=np.uint64).reshape(-1, 2),
         fills=stamps,
         slots=slot_numbers,
-        device=np.frombuffer(blocks, dtype="<u4"),
+        device=_rows(np.frombuffer(blocks, dtype="<u4"), len(slot_numbers)),
     )
+
+
+def _rows(device: Indices, count: int) -> Indices:
+    """One number for each of `count` blocks, or a row of as many."""
+    return device if len(device) == count else device.reshape(count, -1)
+
+
+def _first_of_rows(device: Indices) -> Indices:
+    """By what a row is known: its first number that stands for a block."""
+    if device.ndim == 1:
+        return device
+    first = (device != NO_BLOCK).argmax(axis=1)
+    named: Indices = device[np.arange(len(device)), first]
+    return named

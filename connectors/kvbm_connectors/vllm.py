@@ -24,6 +24,7 @@ from kvbm_connectors import vllm_layout, vllm_releases
 from kvbm_connectors.vllm_channel import KvbmHandshake, KvbmMetadata
 from kvbm_connectors.vllm_events import EngineEvents
 from kvbm_connectors.vllm_scheduler import SchedulerSide
+from kvbm_connectors.vllm_tables import Tables
 from kvbm_connectors.vllm_worker import WorkerSide
 from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import over_nats
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
         KVConnectorHandshakeMetadata,
         KVConnectorMetadata,
+        KVConnectorTransferResults,
         KVConnectorWorkerMetadata,
     )
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class KvbmConnector(KVConnectorBase_V1):
+class KvbmConnector(KVConnectorBase_V1, *vllm_releases.HYBRID):  # type: ignore[misc]
     """Shares KV blocks with other engines, and keeps those that the device has no room for."""
 
     def __init__(
@@ -89,7 +91,8 @@ class KvbmConnector(KVConnectorBase_V1):
             )
             leader.start()
             events = EngineEvents(leader, wants_events, block_size)
-            self._scheduler_side = SchedulerSide(leader, block_size, events)
+            tables = Tables() if vllm_layout.by_rows(kv_cache_config) else None
+            self._scheduler_side = SchedulerSide(leader, block_size, events, tables)
         else:
             number = vllm_config.parallel_config.rank
             self._worker_side = WorkerSide(
@@ -104,6 +107,8 @@ class KvbmConnector(KVConnectorBase_V1):
                 ),
                 kv_cache_config.num_blocks,
                 over_nats(settings, f"kvbm worker {node} rank {number}", node),
+                vllm_layout.layers_by_group(kv_cache_config),
+                vllm_layout.by_rows(kv_cache_config),
             )
 
     @property
@@ -132,6 +137,11 @@ class KvbmConnector(KVConnectorBase_V1):
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         """Source blocks of saves are held in vLLM's own pool."""
         self._scheduler.bind_block_pool(gpu_block_pool)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """Block tables that change under a request are looked up in vLLM's own."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._scheduler.bind_block_tables(kv_cache_manager.get_blocks)
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
@@ -172,6 +182,12 @@ class KvbmConnector(KVConnectorBase_V1):
         """vLLM may free the request's blocks: those being saved are held by themselves."""
         self._scheduler.finished(request)
         return False, None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The same for the releases and models that have several block tables."""
+        return self.request_finished(request, block_ids[0])
 
     def has_pending_push_work(self) -> bool:
         """Keeps an otherwise idle engine stepping until its transfers have been reported."""
@@ -225,6 +241,11 @@ class KvbmConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Loads that have ended here."""
         return None, self._worker.finished_loads()
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """The same, with the requests that have to be computed from the beginning."""
+        loaded = self._worker.finished_loads()
+        return vllm_releases.transfer_results(loaded, self._worker.failed_requests())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of those loads that have to be recomputed."""

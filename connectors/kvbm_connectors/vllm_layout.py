@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvbm_connectors.vllm_releases import KEYS_OF_NAMES, SEED_OF_NAMES, SHARED_NAMES
+from kvbm_connectors.vllm_releases import (
+    KEYS_OF_NAMES,
+    LOST_REQUESTS,
+    SEED_OF_NAMES,
+    SHARED_NAMES,
+)
 from kvbm_schemas.block import HASH_BYTES, BlockHash
 from kvbm_schemas.subjects import REGISTRY_NODE, Scope
 from kvbm_service.errors import LayoutError, SettingError
@@ -22,7 +27,7 @@ from kvbm_service.settings import Settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
@@ -30,8 +35,11 @@ FINGERPRINT_HEX_DIGITS = 16
 
 
 STAYING = ("FullAttentionSpec", "MLAAttentionSpec")
-"""Kinds of KV cache whose blocks all stay for as long as their request runs. Of other kinds,
-blocks leave a request's table in between, and what is then in their place is not theirs."""
+"""Kinds of KV cache whose blocks all stay for as long as their request runs."""
+
+LEAVING = ("SlidingWindowSpec",) if LOST_REQUESTS.here else ()
+"""Kinds of which blocks leave a request's table in between, with vLLM's null block put into their
+place. Other kinds may do anything: they have states that are not blocks, or blocks that move."""
 
 
 def block_size(config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
@@ -41,17 +49,23 @@ def block_size(config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
         LayoutError: the model's KV cache is of a kind that cannot be cached yet.
     """
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
+    if not groups or (len(groups) > 1 and not LOST_REQUESTS.here):
         raise LayoutError(
-            f"the model has {len(groups)} KV cache groups, and this version caches one: "
-            "start vLLM with --disable-hybrid-kv-cache-manager"
+            f"the model has {len(groups)} KV cache groups, and with this vLLM one can be cached: "
+            "start it with --disable-hybrid-kv-cache-manager"
         )
-    spec = groups[0].kv_cache_spec
-    kinds = {type(each).__name__ for each in getattr(spec, "kv_cache_specs", {0: spec}).values()}
-    if not kinds <= set(STAYING):
+    known = STAYING + LEAVING
+    strange = set().union(*(_kinds(group) for group in groups)) - set(known)
+    if strange:
         raise LayoutError(
-            f"the model's KV cache is of kind {', '.join(sorted(kinds))}, and this version caches "
-            f"{' and '.join(STAYING)}: serve this model without the connector"
+            f"the model's KV cache is of kind {', '.join(sorted(strange))}, and this version "
+            f"caches {', '.join(known)}: serve this model without the connector"
+        )
+    sizes = sorted({int(group.kv_cache_spec.block_size) for group in groups})
+    if len(sizes) > 1:
+        raise LayoutError(
+            f"the model's KV cache groups have blocks of {sizes} tokens, and this version caches "
+            "groups with blocks of one size: start vLLM with --disable-hybrid-kv-cache-manager"
         )
     parallel = config.parallel_config
     for setting in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -60,7 +74,23 @@ def block_size(config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
                 f"{setting}={getattr(parallel, setting)}: blocks that context parallel ranks "
                 "share out cannot be cached yet; set it to 1"
             )
-    return int(spec.block_size)
+    return sizes[0]
+
+
+def by_rows(kv_cache_config: KVCacheConfig) -> bool:
+    """Whether a block is a row of device blocks, of which some may be gone (`vllm_tables.py`)."""
+    groups = kv_cache_config.kv_cache_groups
+    return len(groups) > 1 or not _kinds(groups[0]) <= set(STAYING)
+
+
+def layers_by_group(kv_cache_config: KVCacheConfig) -> list[frozenset[str]]:
+    """The names of the layers that share a block table, for each table."""
+    return [frozenset(group.layer_names) for group in kv_cache_config.kv_cache_groups]
+
+
+def _kinds(group: KVCacheGroupSpec) -> set[str]:
+    spec = group.kv_cache_spec
+    return {type(each).__name__ for each in getattr(spec, "kv_cache_specs", {0: spec}).values()}
 
 
 def check_names_are_shared(config: VllmConfig) -> None:
@@ -114,6 +144,16 @@ def scope(config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
             parallel.prefill_context_parallel_size,
         ],
     }
+    if by_rows(kv_cache_config):
+        described["groups"] = [
+            [
+                sorted(_kinds(group)),
+                group.kv_cache_spec.page_size_bytes,
+                getattr(group.kv_cache_spec, "sliding_window", None),
+                len(group.layer_names),
+            ]
+            for group in kv_cache_config.kv_cache_groups
+        ]
     digest = hashlib.sha256(msgspec.json.encode(described, order="sorted")).hexdigest()
     return Scope(settings.namespace, digest[:FINGERPRINT_HEX_DIGITS])
 

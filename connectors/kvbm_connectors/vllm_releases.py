@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.core import kv_cache_utils
 
@@ -69,7 +70,25 @@ again for its event stream."""
 SEED_OF_NAMES: str = getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", "")
 """What names of blocks begin with where PYTHONHASHSEED is not set; empty: something random."""
 
-NOVELTIES = (SHARED_NAMES, PATIENCE, HIT_SOURCES)
+LOST_REQUESTS = Novelty(
+    "can be told that a request's load has failed, rather than which of its blocks",
+    "0.30",
+    hasattr(base, "KVConnectorTransferResults"),
+)
+"""Without it, a model whose layers let go of blocks is served with its hybrid allocator off: a load
+that fails for several block tables could not be reported."""
+
+NOVELTIES = (SHARED_NAMES, PATIENCE, HIT_SOURCES, LOST_REQUESTS)
+
+HYBRID: tuple[type, ...] = (base.SupportsHMA,) if LOST_REQUESTS.here else ()
+"""What a connector is, besides, that vLLM's hybrid allocator may be used with."""
+
+
+def transfer_results(loaded: set[str], failed: set[str]) -> Any:
+    """Requests whose loads have ended, and those of them whose blocks must not be used; for
+    releases with `LOST_REQUESTS`.
+    """
+    return base.KVConnectorTransferResults(finished_recving=loaded, failed_recving=failed)
 
 
 def refuse_too_old(base: type, release: str) -> None:

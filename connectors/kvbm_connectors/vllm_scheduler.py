@@ -7,13 +7,14 @@ being copied stay until the copy is done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvbm_connectors.vllm_channel import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 from kvbm_connectors.vllm_events import EngineEvents
 from kvbm_connectors.vllm_layout import name_of
+from kvbm_connectors.vllm_tables import Tables
 from kvbm_schemas.block import BlockHash
 from kvbm_service import forgetting
 from kvbm_service.core.reads import Hits
@@ -58,7 +59,15 @@ class _Followed:
 class SchedulerSide:
     """Follows vLLM's requests for one leader. All calls come from the scheduler's thread."""
 
-    def __init__(self, leader: LeaderService, block_size: int, events: EngineEvents) -> None:
+    def __init__(
+        self,
+        leader: LeaderService,
+        block_size: int,
+        events: EngineEvents,
+        tables: Tables | None = None,
+    ) -> None:
+        """`tables`: of a model whose blocks are rows."""
+        self._tables = tables
         self._leader = leader
         self._block_size = block_size
         self._events = events
@@ -68,6 +77,11 @@ class SchedulerSide:
     def bind_block_pool(self, pool: BlockPool) -> None:
         """Where the source blocks of saves are held."""
         self._pool = pool
+
+    def bind_block_tables(self, blocks_of: Callable[[str], KVCacheBlocks]) -> None:
+        """Where rows are looked up, if blocks are rows."""
+        if self._tables is not None:
+            self._tables.blocks_of = blocks_of
 
     def meet_ranks(self, handshakes: Iterable[KvbmHandshake]) -> None:
         """All ranks of the engine have allocated their tiers."""
@@ -114,7 +128,11 @@ class SchedulerSide:
         followed = self._followed[request.request_id]
         first = followed.computed
         count = external_tokens // self._block_size
-        wanted = blocks.get_block_ids()[0][first : first + count] if count else []
+        if self._tables is not None:
+            wanted = self._tables.name(self._tables.rows(blocks, first, first + count))
+            assert len(wanted) == count, "vLLM has no blocks for what it accepted"
+        else:
+            wanted = blocks.get_block_ids()[0][first : first + count] if count else []
         self._leader.load(request.request_id, first, wanted)
 
     def hit_tokens(self, request: Request) -> Hits:
@@ -140,13 +158,14 @@ class SchedulerSide:
         starts += zip(cached.req_ids, cached.num_computed_tokens, strict=True)
         for request_id, computed in starts:
             self._offer(request_id, computed + output.num_scheduled_tokens.get(request_id, 0))
-        return KvbmMetadata(self._leader.take_commands())
+        commands = self._leader.take_commands()
+        return KvbmMetadata(self._tables.spell_out(commands) if self._tables else commands)
 
     def _follow_blocks(
         self, request_id: str, block_ids: tuple[list[int], ...] | None, replaced: bool
     ) -> None:
         followed = self._followed.get(request_id)
-        if followed is None:
+        if followed is None or self._tables is not None:
             return
         if replaced:
             followed.device_blocks.clear()
@@ -158,20 +177,39 @@ class SchedulerSide:
         if followed is None or end_token // self._block_size <= followed.offered:
             return
         names = followed.update_names()
-        first = followed.offered
-        last = min(end_token // self._block_size, len(names), len(followed.device_blocks))
-        if last <= first:
+        last = min(end_token // self._block_size, len(names))
+        if self._tables is None:
+            last = min(last, len(followed.device_blocks))
+            device_blocks = followed.device_blocks[followed.offered : last]
+            self._store(followed, followed.offered, device_blocks)
             return
-        chain, device_blocks = names[first:last], followed.device_blocks[first:last]
+        for first, rows in self._tables.whole_runs(request_id, followed.offered, last):
+            followed.offered = first
+            if not self._store(followed, first, self._tables.name(rows)):
+                return
+        followed.offered = max(followed.offered, last)
+
+    def _store(self, followed: _Followed, first: int, device_blocks: list[int]) -> bool:
+        """Offer blocks that lie there, from the request's block `first` on. False: not all were
+        dealt with.
+        """
+        if not device_blocks:
+            return True
+        names = followed.names
+        chain = names[first : first + len(device_blocks)]
         after = names[first - 1] if first else None
-        dealt_with, held = self._leader.store(request_id, after, chain, device_blocks)
+        request = followed.request
+        dealt_with, held = self._leader.store(request.request_id, after, chain, device_blocks)
         if held:
             self._hold(held)
-            self._events.offered(followed.request, first, first + dealt_with)
+            self._events.offered(request, first, first + dealt_with)
         followed.offered = first + dealt_with
+        return dealt_with == len(chain)
 
     def _hold(self, device_blocks: list[int]) -> None:
         assert self._pool is not None
+        if self._tables is not None:
+            device_blocks = self._tables.hold(device_blocks)
         self._pool.touch([self._pool.blocks[block] for block in device_blocks])
 
     def worker_reported(self, output: KVConnectorOutput) -> None:
@@ -183,6 +221,8 @@ class SchedulerSide:
         freed = self._leader.report(meta.results)
         if freed:
             assert self._pool is not None
+            if self._tables is not None:
+                freed = self._tables.let_go(freed)
             self._pool.free_blocks(self._pool.blocks[block] for block in reversed(freed))
 
     @property

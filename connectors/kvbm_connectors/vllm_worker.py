@@ -5,6 +5,7 @@ vLLM calls it around each forward pass; all work happens on the worker service's
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,12 +25,23 @@ class WorkerSide:
     """One rank. All calls come from the model runner's thread."""
 
     def __init__(
-        self, settings: Settings, rank: RankId, device_blocks: int, connect: Connect
+        self,
+        settings: Settings,
+        rank: RankId,
+        device_blocks: int,
+        connect: Connect,
+        groups: Sequence[Collection[str]],
+        by_rows: bool,
     ) -> None:
+        """`groups` are the layers by block table. `by_rows`: a load that fails is reported by its
+        request, for there is no saying from which block on to compute it again.
+        """
         self._settings = settings
         self._rank = rank
         self._device_blocks = device_blocks
         self._connect = connect
+        self._groups = groups
+        self._by_rows = by_rows
         self._worker: WorkerService | None = None
         self._collected: StepResults | None = None
 
@@ -39,7 +51,12 @@ class WorkerSide:
         from kvbm_service.host_worker import start_worker
 
         self._worker = start_worker(
-            self._settings, self._rank, kv_caches, self._device_blocks, self._connect
+            self._settings,
+            self._rank,
+            kv_caches,
+            self._device_blocks,
+            self._connect,
+            self._groups,
         )
 
     def handshake(self) -> KvbmHandshake | None:
@@ -70,12 +87,18 @@ class WorkerSide:
 
     def failed_blocks(self) -> set[int]:
         """Device blocks that hold no valid bytes, of the loads just reported."""
-        if self._collected is None:
+        if self._collected is None or self._by_rows:
             return set()
         failed: set[int] = set()
         for load in self._collected.loads:
             failed.update(np.frombuffer(load.failed_blocks, dtype="<u4").tolist())
         return failed
+
+    def failed_requests(self) -> set[str]:
+        """The requests of the loads just reported that have to be computed from the beginning."""
+        if self._collected is None or not self._by_rows:
+            return set()
+        return {load.request for load in self._collected.loads if load.failed_blocks}
 
     def metadata(self) -> KvbmWorkerMetadata | None:
         """The report for the scheduler's side."""

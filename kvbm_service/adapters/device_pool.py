@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -10,8 +10,34 @@ from kvbm_service.adapters.mover import Region
 from kvbm_service.errors import LayoutError
 
 
-def regions(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> list[Region]:
+def regions(
+    kv_caches: Mapping[str, torch.Tensor],
+    num_blocks: int,
+    groups: Sequence[Collection[str]] = (),
+) -> list[Region]:
     """The pieces that every block of this device pool has, in the order of the layers.
+
+    `groups` are the names of the layers that share a block table, if there are several tables:
+    then pieces come group by group. Layers of different groups may lie over the same memory.
+
+    Raises:
+        LayoutError: a layer belongs to no group, or see `_regions_of_group`.
+    """
+    if len(groups) < 2:
+        return _regions_of_group(kv_caches, num_blocks)
+    if stray := set(kv_caches).difference(*groups):
+        raise LayoutError(f"layer {min(stray)} is in no KV cache group")
+    return [
+        region._replace(group=number)
+        for number, names in enumerate(groups)
+        for region in _regions_of_group(
+            {layer: tensor for layer, tensor in kv_caches.items() if layer in names}, num_blocks
+        )
+    ]
+
+
+def _regions_of_group(kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> list[Region]:
+    """The pieces of layers that share a block table.
 
     A tensor's block dimension is the leading one, or the second after a leading 2 (keys and
     values apart: two regions). Layers that share a tensor give one region; neighbours in

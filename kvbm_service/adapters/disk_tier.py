@@ -159,6 +159,7 @@ class DiskTier:
     def save(self, blocks: Blocks) -> Mask:
         self._check(blocks.slots, len(blocks.hashes), len(blocks.fills), len(blocks.device))
         self._host.check_device(blocks.device)
+        self._host.check_whole(blocks.device)
 
         def take(batch: Batch, seeds: Column) -> tuple[Column, Mask]:
             with self._may_touch(self._writer):

@@ -15,6 +15,7 @@ from kvbm_schemas.block import Tier
 from kvbm_service.adapters.copies import Column, Copies, CpuCopies
 from kvbm_service.adapters.lent_blocks import LentBlocks
 from kvbm_service.adapters.mover import (
+    NO_BLOCK,
     Blocks,
     DevicePool,
     Fence,
@@ -51,6 +52,8 @@ class HostTier:
         self._device_blocks = min(region.blocks for region in regions)
         self._addresses = np.array([region.address for region in regions], np.uint64)
         self._strides = np.array([region.stride for region in regions], np.uint64)
+        self._group_of = np.array([region.group for region in regions])
+        self._groups = 1 + int(self._group_of.max())
         self._lengths = np.array(slab.parts, np.uint64)
         self._offsets = np.array(slab.offsets, np.uint64)
         self.lent = LentBlocks(self._device_blocks)
@@ -62,8 +65,10 @@ class HostTier:
     def save(self, blocks: Blocks) -> None:
         """See `Mover.save`."""
         self._check(blocks, self.slab.slots)
+        self.check_whole(blocks.device)
         self.slab.clear(blocks.slots)
-        self._copy(self._in_slab(self.slab.base, blocks.slots), self._in_pool(blocks.device))
+        to = self._in_slab(self.slab.base, blocks.slots)
+        self._copy(to, self._in_pool(blocks.device), blocks.device)
         self.slab.stamp(blocks, self._checksums(blocks.device))
 
     def load(self, blocks: Blocks) -> Mask:
@@ -73,7 +78,9 @@ class HostTier:
         chosen = blocks if right.all() else pick(blocks, right)
         if len(chosen.slots):
             self.fill_from(self.slab.base, chosen)
-        right &= self.arrived(self.slab.read_headers(blocks.slots), blocks, among=right)
+        headers = self.slab.read_headers(blocks.slots)
+        images = self._rows(self.slab.base, blocks.slots)
+        right &= self.arrived(headers, blocks, among=right, images=images)
         return right
 
     def lend(self, blocks: Blocks) -> None:
@@ -101,19 +108,21 @@ class HostTier:
 
     def fill_from(self, base: int, blocks: Blocks) -> None:
         """Copy slots of a slab at `base`, laid out like ours, into device blocks."""
-        self._copy(self._in_pool(blocks.device), self._in_slab(base, blocks.slots))
+        source = self._in_slab(base, blocks.slots)
+        self._copy(self._in_pool(blocks.device), source, blocks.device)
 
     def copy_out(self, device: Indices, to: Column) -> None:
         """Copy device blocks to memory: each, laid out like a slot, to an address of its own."""
-        self._copy(self._pieces(to), self._in_pool(device))
+        self._copy(self._pieces(to), self._in_pool(device), device)
 
     def copy_in(self, source: Column, device: Indices) -> Mask:
         """Copy blocks that lie at these addresses into device blocks.
 
         With `verify`, True where the device's bytes are then the same; without, everywhere.
         """
-        self._copy(self._in_pool(device), self._pieces(source))
-        return np.asarray(self._checksums(device) == self._memory_checksums(source), np.bool_)
+        self._copy(self._in_pool(device), self._pieces(source), device)
+        found = self._checksums(device, source)
+        return np.asarray(found == self._memory_checksums(source), np.bool_)
 
     def holds(self, slots: Indices, hashes: Column, fills: Stamps, copies: Column) -> Mask:
         """Which slots are named so; with `verify`, those of which `copies` are true as well."""
@@ -176,10 +185,23 @@ class HostTier:
         """Refuse device blocks that the pool does not have.
 
         Raises:
-            TransferError: a number is out of range.
+            TransferError: a number is out of range, or there is not one for each group.
         """
-        if len(device) and int(device.max()) >= self._device_blocks:
+        if not len(device):
+            return
+        if device.size != len(device) * self._groups:
+            raise TransferError(f"a device block has not {self._groups} numbers, one per group")
+        if bool(((device >= self._device_blocks) & (device != NO_BLOCK)).any()):
             raise TransferError(f"a device block is not below {self._device_blocks}")
+
+    def check_whole(self, device: Indices) -> None:
+        """Refuse device blocks that lack parts: what is saved is saved whole.
+
+        Raises:
+            TransferError: a group has no place for its part of some block.
+        """
+        if bool((device == NO_BLOCK).any()):
+            raise TransferError("a block of which parts are gone cannot be saved")
 
     def pin(self, address: int, nbytes: int) -> None:
         """Make memory fit for copies to and from the device.
@@ -193,10 +215,17 @@ class HostTier:
         """Undo `pin`."""
         self._copies.unpin(address)
 
-    def arrived(self, headers: Headers, blocks: Blocks, among: Mask | None = None) -> Mask:
+    def arrived(
+        self,
+        headers: Headers,
+        blocks: Blocks,
+        among: Mask | None = None,
+        images: Column | None = None,
+    ) -> Mask:
         """Which device blocks are proven whole, by the headers read after their bytes.
 
-        Only those in `among` are looked at; the others are False.
+        Only those in `among` are looked at; the others are False. `images` is where whole blocks
+        lie that parts which were not loaded are summed from; without, such blocks are not summed.
         """
         right = names(headers, blocks)
         if among is not None:
@@ -204,8 +233,13 @@ class HostTier:
         if not self._verify:
             return right
         expected = headers["checksum"]
-        (looked_at,) = np.nonzero(right & (expected != 0))
-        found = self._checksums(blocks.device[looked_at])
+        summed = right & (expected != 0)
+        if images is None:
+            summed &= ~self._lacking(blocks.device)
+        (looked_at,) = np.nonzero(summed)
+        found = self._checksums(
+            blocks.device[looked_at], None if images is None else images[looked_at]
+        )
         right[looked_at] &= found == expected[looked_at]
         return right
 
@@ -244,12 +278,9 @@ class HostTier:
     def _check(self, blocks: Blocks, slots: int) -> None:
         if not len(blocks.slots) == len(blocks.device) == len(blocks.fills) == len(blocks.hashes):
             raise TransferError("columns of a transfer differ in length")
-        if len(blocks.slots) == 0:
-            return
-        if int(blocks.slots.max()) >= slots or int(blocks.device.max()) >= self._device_blocks:
-            raise TransferError(
-                f"a slot is not below {slots}, or a device block not below {self._device_blocks}"
-            )
+        if len(blocks.slots) and int(blocks.slots.max()) >= slots:
+            raise TransferError(f"a slot is not below {slots}")
+        self.check_device(blocks.device)
 
     def _in_slab(self, base: int, slots: Indices) -> Column:
         return self._pieces(self._rows(base, slots))
@@ -261,20 +292,43 @@ class HostTier:
         return (starts[:, None] + self._offsets).ravel()
 
     def _in_pool(self, device: Indices) -> Column:
-        return (device.astype(np.uint64)[:, None] * self._strides + self._addresses).ravel()
+        rows = self._by_region(device).astype(np.uint64)
+        return (rows * self._strides + self._addresses).ravel()
 
-    def _copy(self, to: Column, source: Column) -> None:
+    def _by_region(self, device: Indices) -> Indices:
+        """The block's number in each region, as shape (n, regions)."""
+        return device.reshape(len(device), self._groups)[:, self._group_of]
+
+    def _lacking(self, device: Indices) -> Mask:
+        """Which blocks lack a place for some part."""
+        rows = device.reshape(len(device), self._groups)
+        return np.asarray((rows == NO_BLOCK).any(axis=1), np.bool_)
+
+    def _copy(self, to: Column, source: Column, device: Indices) -> None:
+        """Copy the pieces of these blocks, but for those that have no place on the device."""
+        lengths = np.tile(self._lengths, len(device))
+        placed = (self._by_region(device) != NO_BLOCK).ravel()
+        if not placed.all():
+            to, source, lengths = to[placed], source[placed], lengths[placed]
         if len(to):
-            self._copies.copy(to, source, np.tile(self._lengths, len(to) // len(self._lengths)))
+            self._copies.copy(to, source, lengths)
 
-    def _checksums(self, device: Indices) -> npt.NDArray[np.uint64]:
-        """Of the device's bytes as they are now; 0 without `verify`."""
+    def _checksums(
+        self, device: Indices, images: Column | None = None
+    ) -> npt.NDArray[np.uint64]:
+        """Of the device's bytes as they are now; 0 without `verify`.
+
+        Parts that have no place on the device are taken from the blocks that lie at `images`.
+        """
         sums = np.zeros(len(device), np.uint64)
         if self._verify and len(device):
             block = self._copies.host_buffer(self.slab.slot_bytes)
             to = self._offsets + np.uint64(block.ctypes.data)
             for i in range(len(device)):
-                self._copy(to, self._in_pool(device[i : i + 1]))
+                one = device[i : i + 1]
+                if images is not None:
+                    ctypes.memmove(block.ctypes.data, int(images[i]), len(block))
+                self._copy(to, self._in_pool(one), one)
                 sums[i] = xxhash.xxh3_64_intdigest(block.data) or 1  # 0 says "not taken"
         return sums
 

@@ -17,11 +17,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvbm_schemas import step
 from kvbm_schemas.block import Tier
 
 Indices = npt.NDArray[np.uint32]
 Stamps = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
+
+NO_BLOCK = np.uint32(step.NO_BLOCK)
 
 HEADER = np.dtype([("hash", np.uint64, 2), ("fill", np.uint64), ("checksum", np.uint64)])
 """32 bytes per slot. `hash` is the block's name as two native words; `checksum` is xxh3-64 of
@@ -38,6 +41,8 @@ class Region(NamedTuple):
     stride: int
     length: int
     blocks: int
+    group: int = 0
+    """Which of the engine's block tables numbers its blocks."""
 
 
 class Blocks(NamedTuple):
@@ -48,6 +53,8 @@ class Blocks(NamedTuple):
     fills: Stamps
     slots: Indices
     device: Indices
+    """Shape (n,); with several groups (n, groups). `NO_BLOCK`: there is no place for the parts of
+    that group, and they are not loaded. What is saved has all its parts."""
 
 
 class Hop(NamedTuple):

@@ -36,7 +36,14 @@ from nixl._api import nixl_agent, nixl_agent_config
 
 from kvbm_schemas.block import Tier
 from kvbm_service.adapters.copies import Column
-from kvbm_service.adapters.mover import HEADER, HEADER_PAGE, Indices, Region, RemoteSlab
+from kvbm_service.adapters.mover import (
+    HEADER,
+    HEADER_PAGE,
+    NO_BLOCK,
+    Indices,
+    Region,
+    RemoteSlab,
+)
 from kvbm_service.adapters.slab import Headers
 from kvbm_service.adapters.slab_memory import in_huge_pages
 from kvbm_service.errors import TransferError
@@ -148,6 +155,7 @@ class Reader:
         self._agent.register_memory([(*extent, device, "") for extent in extents(regions)], kind)
         counts = np.array([region.blocks for region in regions])
         self._firsts = np.cumsum(counts) - counts
+        self._group_of = np.array([region.group for region in regions])
         self._pool = self._prepare(
             "NIXL_INIT_AGENT",
             [(region.address, region.length, device, region.stride, region.blocks)
@@ -200,16 +208,19 @@ class Reader:
     def read_blocks(
         self, agent: str, tier: Tier, slots: Indices, device: Indices, deadline: float
     ) -> None:
-        """Slots of that tier of `agent` → device blocks.
+        """Slots of that tier of `agent` → device blocks, but for parts that have no place there.
 
         Raises:
             Unquiet: failed or too late; bytes may still arrive.
             TransferError: it ended, too late.
         """
         peer = self._attached[agent, tier]
-        ours = (device[:, None] + self._firsts).ravel()
-        theirs = (slots[:, None] + peer.firsts).ravel()
-        self._read(agent, self._pool, ours, peer.blocks, theirs, deadline)
+        rows = device.reshape(len(device), -1)[:, self._group_of]
+        placed = rows != NO_BLOCK
+        if placed.any():
+            ours = (rows + self._firsts)[placed]
+            theirs = (slots[:, None] + peer.firsts)[placed]
+            self._read(agent, self._pool, ours, peer.blocks, theirs, deadline)
 
     def read_slots(self, agent: str, slots: Indices, deadline: float) -> Column:
         """Slots of `agent`, `rows` at the most, → the buffer.

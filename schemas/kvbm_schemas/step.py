@@ -34,6 +34,10 @@ def mark(agent: str) -> bytes:
     return zlib.crc32(agent.encode()).to_bytes(MARK_BYTES, "little")
 
 
+NO_BLOCK = 2**32 - 1
+"""In a row of device blocks (see `Save.blocks`): that group has no place for its part."""
+
+
 class Save(Message, frozen=True):
     """Copy device blocks into slots of `tier`, and stamp each slot (G1 → G2, or G1 → G3)."""
 
@@ -41,7 +45,8 @@ class Save(Message, frozen=True):
     """Also the fill stamp that these slots get."""
     hashes: BlockHashes
     blocks: SlotIndices
-    """Device block numbers."""
+    """Device block numbers. Where layers have block tables of their own by groups, a row of as many
+    numbers for each block, one per group; what is loaded may lack some (`NO_BLOCK`)."""
     slots: SlotIndices
     tier: Tier = Tier.HOST
 
@@ -207,7 +212,10 @@ class Moved(Message, frozen=True):
 
 
 class LoadResult(Message, frozen=True):
-    """One rank has come to the end of a load; `failed_blocks` hold no valid bytes."""
+    """One rank has come to the end of a load; `failed_blocks` hold no valid bytes.
+
+    A row is named by its first number that is not `NO_BLOCK`.
+    """
 
     op: Op
     request: str

@@ -53,6 +53,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    SlidingWindowSpec,
 )
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -60,6 +61,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from kvbm_connectors.vllm_events import MEDIA
 from kvbm_connectors.vllm_layout import name_of
+from kvbm_connectors.vllm_releases import LOST_REQUESTS
 from kvbm_schemas.block import BlockHash, Tier
 from kvbm_service.core.leader import Leader
 from tests.connectors.computation import Text
@@ -106,6 +108,13 @@ def full_attention() -> FullAttentionSpec:
     return FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=4, dtype=torch.float32)
 
 
+def sliding_window(tokens: int = 2 * BLOCK) -> SlidingWindowSpec:
+    """The same for layers that see only the last `tokens`."""
+    return SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=4, dtype=torch.float32, sliding_window=tokens
+    )
+
+
 def vllm_config(model: ModelConfig, shape: Shape) -> VllmConfig:
     """What the command line would have made of it."""
     extra = {
@@ -128,7 +137,7 @@ def vllm_config(model: ModelConfig, shape: Shape) -> VllmConfig:
         max_num_seqs=min(16, shape.batch_tokens),
         max_num_batched_tokens=shape.batch_tokens,
         enable_chunked_prefill=True,
-        disable_hybrid_kv_cache_manager=True,
+        disable_hybrid_kv_cache_manager=not (shape.specs and LOST_REQUESTS.here),
         async_scheduling=shape.overlapping,
     )
     cache = CacheConfig(
@@ -335,7 +344,7 @@ class Engine:
             for request, (start, _) in starts.items():
                 self._compute(rank, request, start, ends[request])
             for request, end in ends.items():
-                self._check(rank, request, end)
+                self._check(rank, request, starts[request][0], end)
 
         sampled = []
         for request, (start, generated) in starts.items():
@@ -360,13 +369,18 @@ class Engine:
         return together
 
     def _compute(self, rank: Rank, request: str, start: int, end: int) -> None:
-        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request)
-        rank.write(blocks, self._asked[request].text.digests(end), start)
+        for group, blocks in enumerate(self.scheduler.kv_cache_manager.get_block_ids(request)):
+            rank.write(blocks, self._asked[request].text.digests(end), start, group)
 
-    def _check(self, rank: Rank, request: str, end: int) -> None:
-        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request)
-        wrong = rank.wrong(blocks, self._asked[request].text.digests(end))
-        assert not wrong, f"{request} would attend to wrong bytes at {wrong} of {end}"
+    def _check(self, rank: Rank, request: str, start: int, end: int) -> None:
+        digests = self._asked[request].text.digests(end)
+        specs = self.shape.specs or (full_attention(),)
+        tables = self.scheduler.kv_cache_manager.get_block_ids(request)
+        for group, (spec, blocks) in enumerate(zip(specs, tables, strict=True)):
+            window = getattr(spec, "sliding_window", None)
+            seen = 0 if window is None else max(0, start - window + 1)
+            wrong = rank.wrong(blocks, digests, group, seen)
+            assert not wrong, f"{request} would attend to wrong bytes at {wrong} of {end}"
 
     def _update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
         for outputs in self.scheduler.update_from_output(output, result).values():

@@ -21,6 +21,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin as _Runner
 
 from kvbm_schemas.block import BlockHash, Tier
+from kvbm_schemas.step import NO_BLOCK
 from kvbm_service.adapters.disk_tier import DiskTier
 from kvbm_service.adapters.mover import Blocks
 from kvbm_service.adapters.slab import Slab
@@ -28,6 +29,7 @@ from tests.connectors.computation import Digests
 from tests.connectors.gate import DiskGate, Gate
 
 RUBBISH = 0xEE
+MAX_RANKS = 8
 
 
 class Rank:
@@ -38,14 +40,20 @@ class Rank:
         self._config = copy.copy(config)
         self._config.parallel_config = copy.copy(config.parallel_config)
         self._config.parallel_config.rank = rank
-        (group,) = kv_cache_config.kv_cache_groups
-        spec = group.kv_cache_spec
+        groups = kv_cache_config.kv_cache_groups
+        spec = groups[0].kv_cache_spec
         self._block_size = spec.block_size
         shape = (kv_cache_config.num_blocks, spec.num_kv_heads, spec.block_size, 2 * spec.head_size)
-        tensors = {name: torch.zeros(shape, dtype=spec.dtype) for name in group.layer_names}
+        memory = [torch.zeros(shape, dtype=spec.dtype) for _ in groups[0].layer_names]
+        # As in vLLM, the first layers of all groups lie over the same memory, and so on.
+        tensors = {
+            name: tensor
+            for group in groups
+            for name, tensor in zip(group.layer_names, memory, strict=True)
+        }
         self._layers: list[npt.NDArray[np.uint64]] = [
             tensor.numpy().view(np.uint64).reshape(shape[0], spec.block_size, -1)
-            for tensor in tensors.values()
+            for tensor in memory
         ]
         self.connector = KVConnectorFactory.create_connector(
             config=self._config, role=KVConnectorRole.WORKER, kv_cache_config=kv_cache_config
@@ -132,24 +140,32 @@ class Rank:
 
     # -- bytes ---------------------------------------------------------------------------------
 
-    def write(self, blocks: Sequence[int], digests: Digests, start: int) -> None:
+    def write(self, blocks: Sequence[int], digests: Digests, start: int, group: int = 0) -> None:
         """Compute the positions from `start` on."""
         for layer in range(len(self._layers)):
             at = self._places(blocks, start, len(digests))
-            self._layers[layer][at] = self._content(digests[start:], layer)
+            self._layers[layer][at] = self._content(digests[start:], layer, group)
 
-    def wrong(self, blocks: Sequence[int], digests: Digests) -> list[int]:
-        """The positions whose bytes are not what a computation would have written."""
-        at = self._places(blocks, 0, len(digests))
-        right = np.ones(len(digests), np.bool_)
+    def wrong(
+        self, blocks: Sequence[int], digests: Digests, group: int = 0, start: int = 0
+    ) -> list[int]:
+        """The positions from `start` on whose bytes a computation would not have written."""
+        at = self._places(blocks, start, len(digests))
+        right = np.ones(len(digests) - start, np.bool_)
         for layer in range(len(self._layers)):
-            right &= (self._layers[layer][at] == self._content(digests, layer)).all(axis=1)
-        return [int(position) for position in np.flatnonzero(~right)]
+            written = self._content(digests[start:], layer, group)
+            right &= (self._layers[layer][at] == written).all(axis=1)
+        return [start + int(position) for position in np.flatnonzero(~right)]
 
     def scribble(self, blocks: Any) -> None:
         """Leave rubbish in these blocks."""
+        numbers = np.asarray(blocks, np.int64).ravel()
         for layer in self._layers:
-            layer.view(np.uint8)[np.asarray(blocks, np.int64)] = RUBBISH
+            layer.view(np.uint8)[numbers[numbers != NO_BLOCK]] = RUBBISH
+
+    def bytes_of(self, block: int) -> list[bytes]:
+        """What is in a device block, layer by layer."""
+        return [layer[block].tobytes() for layer in self._layers]
 
     def _places(self, blocks: Sequence[int], start: int, end: int) -> tuple[Any, Any]:
         positions = np.arange(start, end)
@@ -157,12 +173,11 @@ class Rank:
             positions % self._block_size
         )
 
-    def _content(self, digests: Digests, layer: int) -> npt.NDArray[np.uint64]:
-        """Each rank and layer has other bytes for the same position."""
+    def _content(self, digests: Digests, layer: int, group: int) -> npt.NDArray[np.uint64]:
+        """Each rank, group and layer has other bytes for the same position."""
         words = self._layers[layer].shape[-1]
-        salt = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(
-            2 * (self.rank * len(self._layers) + layer) + 1
-        )
+        place = (group * MAX_RANKS + self.rank) * len(self._layers) + layer
+        salt = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(2 * place + 1)
         return digests[:, None] * salt
 
     def close(self) -> None:

@@ -6,7 +6,13 @@ import os
 
 import pytest
 
-from kvbm_connectors.vllm_releases import HIT_SOURCES, PATIENCE, SHARED_NAMES, Novelty
+from kvbm_connectors.vllm_releases import (
+    HIT_SOURCES,
+    LOST_REQUESTS,
+    PATIENCE,
+    SHARED_NAMES,
+    Novelty,
+)
 
 
 def _needs(novelty: Novelty) -> pytest.MarkDecorator:
@@ -16,6 +22,7 @@ def _needs(novelty: Novelty) -> pytest.MarkDecorator:
 
 needs_sources = _needs(HIT_SOURCES)
 needs_patience = _needs(PATIENCE)
+needs_lost_requests = _needs(LOST_REQUESTS)
 
 
 def agree_on_names() -> None:

@@ -6,18 +6,24 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
 
-from kvbm_connectors.vllm_layout import weights
-from kvbm_connectors.vllm_releases import SHARED_NAMES
+from kvbm_connectors.vllm_layout import block_size, weights
+from kvbm_connectors.vllm_releases import LOST_REQUESTS, SHARED_NAMES
 from kvbm_service.errors import LayoutError, SettingError
-from tests.connectors.engine import BLOCK, Engine, full_attention, prompt
+from tests.connectors.engine import BLOCK, Engine, full_attention, prompt, sliding_window
+from tests.connectors.releases import needs_lost_requests
 
 MakeEngine = Callable[..., Engine]
 
@@ -117,20 +123,36 @@ def test_names_made_from_a_shared_seed_are_good(
     assert engine.ask(prompt(41)).loaded == 40
 
 
-def sliding_window() -> SlidingWindowSpec:
-    return SlidingWindowSpec(
-        block_size=BLOCK, num_kv_heads=1, head_size=4, dtype=torch.float32, sliding_window=8
-    )
-
-
+@pytest.mark.skipif(LOST_REQUESTS.here, reason="this vLLM can be told of whole requests")
 def test_a_model_with_several_kv_cache_groups_is_refused(make_engine: MakeEngine) -> None:
     with pytest.raises(LayoutError, match=r"2 KV cache groups.*--disable-hybrid"):
         make_engine(specs=(full_attention(), sliding_window()))
 
 
+@pytest.mark.skipif(LOST_REQUESTS.here, reason="this vLLM can be told of whole requests")
 def test_a_model_whose_blocks_do_not_all_stay_is_refused(make_engine: MakeEngine) -> None:
     with pytest.raises(LayoutError, match="SlidingWindowSpec"):
         make_engine(specs=(sliding_window(),))
+
+
+def test_a_model_with_states_that_are_no_blocks_is_refused_by_their_kind(
+    make_engine: MakeEngine,
+) -> None:
+    chunked = ChunkedLocalAttentionSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=4, dtype=torch.float32, attention_chunk_size=8
+    )
+    with pytest.raises(LayoutError, match="ChunkedLocalAttentionSpec"):
+        make_engine(specs=(chunked,))
+
+
+@needs_lost_requests
+def test_groups_with_blocks_of_different_sizes_are_refused(make_engine: MakeEngine) -> None:
+    config = make_engine().config
+    specs = [full_attention(), replace(sliding_window(), block_size=2 * BLOCK)]
+    groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)]
+    layout = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
+    with pytest.raises(LayoutError, match=r"blocks of \[4, 8\] tokens"):
+        block_size(config, layout)
 
 
 def test_blocks_spread_over_context_parallel_ranks_are_refused(make_engine: MakeEngine) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from kvbm_service.adapters.affinity import every_cpu, use_every_cpu
 from kvbm_service.adapters.device_pool import device, regions
-from kvbm_service.adapters.mover import HEADER_PAGE
+from kvbm_service.adapters.mover import HEADER_PAGE, Region
 from kvbm_service.adapters.slab import Slab
 from kvbm_service.errors import LayoutError
 
@@ -19,21 +19,35 @@ BLOCKS = 10
 
 def test_a_tensor_with_blocks_first_is_one_region() -> None:
     tensor = torch.zeros(BLOCKS, 4, 8, dtype=torch.float32)
-    assert regions({"a": tensor}, BLOCKS) == [(tensor.data_ptr(), 128, 128, BLOCKS)]
+    assert regions({"a": tensor}, BLOCKS) == [
+        Region(tensor.data_ptr(), 128, 128, BLOCKS)
+    ]
 
 
 def test_keys_and_values_apart_are_two_regions() -> None:
     tensor = torch.zeros(2, BLOCKS, 16, dtype=torch.uint8)
     assert regions({"a": tensor}, BLOCKS) == [
-        (tensor.data_ptr(), 16, 16, BLOCKS),
-        (tensor.data_ptr() + 16 * BLOCKS, 16, 16, BLOCKS),
+        Region(tensor.data_ptr(), 16, 16, BLOCKS),
+        Region(tensor.data_ptr() + 16 * BLOCKS, 16, 16, BLOCKS),
     ]
 
 
 def test_layers_that_share_a_tensor_are_one_region_and_neighbours_are_joined() -> None:
     whole = torch.zeros(BLOCKS, 3, 16, dtype=torch.uint8)
     layers = {"a": whole[:, 0], "again": whole[:, 0], "b": whole[:, 1]}
-    assert regions(layers, BLOCKS) == [(whole.data_ptr(), 48, 32, BLOCKS)]
+    assert regions(layers, BLOCKS) == [Region(whole.data_ptr(), 48, 32, BLOCKS)]
+
+
+def test_layers_of_two_block_tables_may_lie_over_the_same_memory() -> None:
+    shared = torch.zeros(BLOCKS, 16, dtype=torch.uint8)
+    layers = {"full": shared, "window": shared}
+    address = shared.data_ptr()
+    assert regions(layers, BLOCKS, [{"full"}, {"window"}]) == [
+        Region(address, 16, 16, BLOCKS, group=0),
+        Region(address, 16, 16, BLOCKS, group=1),
+    ]
+    with pytest.raises(LayoutError, match="layer window is in no KV cache group"):
+        regions(layers, BLOCKS, [{"full"}, {"other"}])
 
 
 @pytest.mark.parametrize(
