@@ -75,7 +75,7 @@ def start_worker(
         agent=mover.agent,
         agent_metadata=mover.agent_metadata,
         slab=msgspec.structs.replace(slab.record(), layout=layout),
-        device_blocks=device_blocks,
+        device_blocks=device_blocks // max(1, len(groups)),  # a block of ours is one of each
         instance=rank.instance,
         disk_slots=slots.disk,
         device=DeviceRecord(**mover.pool._asdict()) if mover.pool is not None else None,

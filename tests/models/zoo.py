@@ -16,7 +16,7 @@ from typing import Any
 
 from kvbm_service.demo.model import INITIALIZER_RANGE, SEED, VOCABULARY
 
-MAX_TOKENS = 4096
+MAX_TOKENS = 2048
 
 WINDOW = 96
 """Of Gemma-3's sliding layers: three of the smallest blocks, far less than a prompt has."""
