@@ -16,6 +16,10 @@ MakeEngine = Callable[..., Engine]
 pytestmark = needs_lost_requests
 
 HYBRID = (full_attention(), sliding_window(), sliding_window())
+ROOMY = {"blocks": 256}
+"""A device pool of which saves may keep as much as they like. What is offered late for want of room
+may have left a window, and is not saved then."""
+
 NULL = 0
 """vLLM's null block."""
 
@@ -29,7 +33,7 @@ NULL = 0
 def test_a_forgotten_prompt_is_loaded_into_all_groups(
     make_engine: MakeEngine, shape: dict[str, object], verify: bool
 ) -> None:
-    engine = make_engine(specs=HYBRID, verify=verify, **shape)
+    engine = make_engine(**ROOMY, specs=HYBRID, verify=verify, **shape)
     engine.ask(prompt(41), tokens=9)
     assert len(engine.core.tiers.host) == 49 // BLOCK
     engine.forget_device()
@@ -40,7 +44,7 @@ def test_a_forgotten_prompt_is_loaded_into_all_groups(
 
 
 def test_a_longer_prompt_goes_on_from_what_is_loaded(make_engine: MakeEngine) -> None:
-    engine = make_engine(specs=HYBRID)
+    engine = make_engine(**ROOMY, specs=HYBRID)
     engine.ask(prompt(41))
     engine.forget_device()
     assert engine.ask(prompt(60)).loaded == 40
@@ -49,7 +53,7 @@ def test_a_longer_prompt_goes_on_from_what_is_loaded(make_engine: MakeEngine) ->
 
 
 def test_what_the_device_has_is_not_loaded_again(make_engine: MakeEngine) -> None:
-    engine = make_engine(specs=HYBRID)
+    engine = make_engine(**ROOMY, specs=HYBRID)
     engine.ask(prompt(61))
     engine.forget_device()
     engine.ask(prompt(21))
@@ -66,7 +70,7 @@ def test_layers_with_nothing_but_windows_are_cached_too(make_engine: MakeEngine)
 
 
 def test_a_block_that_a_window_has_let_go_of_is_not_saved(make_engine: MakeEngine) -> None:
-    engine = make_engine(specs=HYBRID)
+    engine = make_engine(**ROOMY, specs=HYBRID)
     engine.ask(prompt(41))
     engine.connector.reset_cache()
     asked = engine.ask(prompt(61))  # finds its first 40 tokens on the device, but for the windows
@@ -83,7 +87,7 @@ def test_a_block_that_a_window_has_let_go_of_is_not_saved(make_engine: MakeEngin
 def test_a_load_of_which_a_block_is_lost_is_computed_from_the_beginning(
     make_engine: MakeEngine,
 ) -> None:
-    engine = make_engine(specs=HYBRID)
+    engine = make_engine(**ROOMY, specs=HYBRID)
     engine.ask(prompt(41))
     engine.forget_device()
     loads = engine.ranks[0].gate.loads
@@ -97,7 +101,7 @@ def test_a_load_of_which_a_block_is_lost_is_computed_from_the_beginning(
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_one_rank_that_cannot_read_makes_all_compute(make_engine: MakeEngine, broken: int) -> None:
-    engine = make_engine(specs=HYBRID, ranks=2)
+    engine = make_engine(**ROOMY, specs=HYBRID, ranks=2)
     engine.ask(prompt(41))
     engine.forget_device()
     engine.ranks[broken].gate.loads.failing = True
@@ -105,7 +109,7 @@ def test_one_rank_that_cannot_read_makes_all_compute(make_engine: MakeEngine, br
 
 
 def test_a_bit_that_flipped_is_found_in_a_part_that_is_loaded(make_engine: MakeEngine) -> None:
-    engine = make_engine(specs=HYBRID, verify=True)
+    engine = make_engine(**ROOMY, specs=HYBRID, verify=True)
     engine.ask(prompt(41))
     engine.forget_device()
     engine.ranks[0].flip_a_bit(0)
@@ -114,6 +118,7 @@ def test_a_bit_that_flipped_is_found_in_a_part_that_is_loaded(make_engine: MakeE
 
 def test_blocks_come_from_disk(make_engine: MakeEngine, tmp_path: Path) -> None:
     engine = make_engine(
+        **ROOMY,
         specs=HYBRID,
         slots=0,
         extra={
@@ -129,7 +134,7 @@ def test_blocks_come_from_disk(make_engine: MakeEngine, tmp_path: Path) -> None:
 
 
 def test_blocks_come_from_another_node(make_node: Callable[..., Engine]) -> None:
-    owner, reader = (make_node(name, specs=HYBRID) for name in ("owner", "reader"))
+    owner, reader = (make_node(name, **ROOMY, specs=HYBRID) for name in ("owner", "reader"))
     names = owner.ask(prompt(41)).names
     owner.settle()
     held = [name for name in names if name in owner.core.tiers.host]
@@ -139,7 +144,7 @@ def test_blocks_come_from_another_node(make_node: Callable[..., Engine]) -> None
 
 
 def test_blocks_being_saved_stay_for_all_groups(make_engine: MakeEngine) -> None:
-    engine = make_engine(specs=HYBRID, blocks=256)
+    engine = make_engine(**ROOMY, specs=HYBRID)
     saves = engine.ranks[0].gate.saves
     saves.close()
     asked = engine.submit(prompt(41))

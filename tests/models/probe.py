@@ -1,8 +1,8 @@
 """One row of the table: the same prompts answered by computing, and by reuse of each kind.
 
-    python -m tests.models.probe hybrid
+    python -m tests.models.probe hybrid outcome.json
 
-The last line printed says what came of it, as JSON. Prompts are asked one at a time, so that
+Prompts are asked one at a time, so that
 nothing but where their KV comes from differs between
 
 - computed: under a salt of their own each, so that nothing is reused
@@ -16,7 +16,6 @@ they were saved (KVBM_VERIFY).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 import msgspec
 
 from kvbm_service.demo.engine import share_cores
+from tests.models.outcome import Outcome
 from tests.models.rows import ROWS, Row
 from tests.models.zoo import MAX_TOKENS, make, make_lora
 
@@ -46,27 +46,6 @@ class Answer(msgspec.Struct, frozen=True):
     logprobs: list[float]
     cached: int
     """Tokens of the prompt that were not computed."""
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What came of a row."""
-
-    prompts: int
-    block_tokens: int
-    groups: int
-    own_blocks: int
-    """That vLLM reused by itself."""
-    our_blocks: int
-    """That it reused from our tier."""
-    expected_blocks: int
-    own_as_computed: int
-    """Prompts whose answer stayed the same with its own reuse."""
-    ours_as_computed: int
-    ours_as_own: int
-    furthest: float
-    """Greatest difference of a log probability, ours from computed."""
-    different_prompts: int
-    """How many answers differ from each other: all, or they would prove nothing."""
 
 
 def prompts() -> list[list[int]]:
@@ -178,12 +157,9 @@ def compare(llm: Any, row: Row) -> Outcome:
         own_as_computed=_alike(own, computed),
         ours_as_computed=_alike(ours, computed),
         ours_as_own=_alike(ours, own),
-        furthest=max(
-            abs(a - b)
-            for one, other in zip(ours, computed, strict=True)
-            for a, b in zip(one.logprobs, other.logprobs, strict=True)
-        ),
-        different_prompts=len({tuple(answer.tokens) for answer in computed}),
+        furthest=_furthest(ours, own),
+        furthest_from_computed=_furthest(ours, computed),
+        different=len({tuple(answer.tokens) for answer in computed}),
     )
 
 
@@ -198,6 +174,19 @@ def _count_groups(worker: Any) -> int:
 
 def _alike(some: list[Answer], others: list[Answer]) -> int:
     return sum(a.tokens == b.tokens for a, b in zip(some, others, strict=True))
+
+
+def _furthest(some: list[Answer], others: list[Answer]) -> float:
+    """The greatest difference of a log probability, where the tokens are the same."""
+    return max(
+        (
+            abs(a - b)
+            for one, other in zip(some, others, strict=True)
+            if one.tokens == other.tokens
+            for a, b in zip(one.logprobs, other.logprobs, strict=True)
+        ),
+        default=0.0,
+    )
 
 
 def environment(row: Row) -> dict[str, str]:
@@ -225,10 +214,13 @@ def environment(row: Row) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("row", choices=ROWS)
-    row = ROWS[parser.parse_args().row]
+    parser.add_argument("outcome", type=Path, help="where to write what came of it, as JSON")
+    chosen = parser.parse_args()
+    row = ROWS[chosen.row]
     os.environ.update(environment(row))
     with tempfile.TemporaryDirectory(prefix="kvbm-models-") as folder:
-        print(json.dumps(msgspec.to_builtins(probe(row, Path(folder)))), flush=True)
+        outcome = probe(row, Path(folder))
+    chosen.outcome.write_bytes(msgspec.json.encode(outcome))
 
 
 if __name__ == "__main__":
