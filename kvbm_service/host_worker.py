@@ -43,7 +43,8 @@ def start_worker(
     """Allocate one rank's share of the tiers beside its KV tensors, and start its worker.
 
     `kv_caches` has one tensor per layer; `device_blocks` of them fit into each. `groups` are the
-    layers by block table, where there are several (`device_pool.regions`). The tiers have
+    layers by block table, where blocks are rows (`device_pool.regions`); such blocks are not lent
+    from the device. The tiers have
     as many slots as the settings allow if all ranks have blocks like this one's. What an earlier
     engine of the same scope left in them is found again.
 
@@ -63,7 +64,9 @@ def start_worker(
         slab = _slab(rank, slots.host or _staging_slots(settings), lengths, shared, layout)
         host = HostTier(slab, regions, _copies(device), verify=settings.verify)
         mover = NixlMover(
-            host, device.index if device.type == "cuda" else None, lends=settings.lend_device
+            host,
+            device.index if device.type == "cuda" else None,
+            lends=settings.lend_device and not groups,
         )
         home = _home(settings, "disk_cache_dir", rank) if slots.disk else None
         disk = _disk(settings, rank, slots.disk, home, host, layout) if home else None

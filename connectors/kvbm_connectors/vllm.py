@@ -108,7 +108,6 @@ class KvbmConnector(KVConnectorBase_V1, *vllm_releases.HYBRID):  # type: ignore[
                 kv_cache_config.num_blocks,
                 over_nats(settings, f"kvbm worker {node} rank {number}", node),
                 vllm_layout.layers_by_group(kv_cache_config),
-                vllm_layout.by_rows(kv_cache_config),
             )
 
     @property

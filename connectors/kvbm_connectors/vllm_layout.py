@@ -84,7 +84,11 @@ def by_rows(kv_cache_config: KVCacheConfig) -> bool:
 
 
 def layers_by_group(kv_cache_config: KVCacheConfig) -> list[frozenset[str]]:
-    """The names of the layers that share a block table, for each table."""
+    """The names of the layers that share a block table, for each table; empty where blocks are not
+    rows.
+    """
+    if not by_rows(kv_cache_config):
+        return []
     return [frozenset(group.layer_names) for group in kv_cache_config.kv_cache_groups]
 
 

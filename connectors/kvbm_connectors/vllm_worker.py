@@ -31,17 +31,15 @@ class WorkerSide:
         device_blocks: int,
         connect: Connect,
         groups: Sequence[Collection[str]],
-        by_rows: bool,
     ) -> None:
-        """`groups` are the layers by block table. `by_rows`: a load that fails is reported by its
-        request, for there is no saying from which block on to compute it again.
+        """`groups`: if blocks are rows, the layers by block table. A load that fails is then
+        reported by its request, for there is no saying from which block on to compute it again.
         """
         self._settings = settings
         self._rank = rank
         self._device_blocks = device_blocks
         self._connect = connect
         self._groups = groups
-        self._by_rows = by_rows
         self._worker: WorkerService | None = None
         self._collected: StepResults | None = None
 
@@ -87,7 +85,7 @@ class WorkerSide:
 
     def failed_blocks(self) -> set[int]:
         """Device blocks that hold no valid bytes, of the loads just reported."""
-        if self._collected is None or self._by_rows:
+        if self._collected is None or self._groups:
             return set()
         failed: set[int] = set()
         for load in self._collected.loads:
@@ -96,7 +94,7 @@ class WorkerSide:
 
     def failed_requests(self) -> set[str]:
         """The requests of the loads just reported that have to be computed from the beginning."""
-        if self._collected is None or not self._by_rows:
+        if self._collected is None or not self._groups:
             return set()
         return {load.request for load in self._collected.loads if load.failed_blocks}
 

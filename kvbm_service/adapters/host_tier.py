@@ -86,6 +86,7 @@ class HostTier:
     def lend(self, blocks: Blocks) -> None:
         """See `Mover.lend`."""
         self._check(blocks, self._device_blocks)
+        assert self._groups == 1, "only blocks that all layers number alike can be lent"
         self.lent.lend(blocks, self._checksums(blocks.device))
 
     def unlend(self, device: Indices, op: int) -> None:
@@ -104,7 +105,8 @@ class HostTier:
 
     def fill_from_pool(self, owner: HostTier, blocks: Blocks) -> None:
         """Copy `blocks.slots` of another device pool, laid out like ours, into device blocks."""
-        self._copy(self._in_pool(blocks.device), owner._in_pool(blocks.slots))
+        source = owner._in_pool(blocks.slots)
+        self._copy(self._in_pool(blocks.device), source, blocks.device)
 
     def fill_from(self, base: int, blocks: Blocks) -> None:
         """Copy slots of a slab at `base`, laid out like ours, into device blocks."""
