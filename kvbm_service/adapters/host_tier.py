@@ -280,9 +280,9 @@ class HostTier:
     def _check(self, blocks: Blocks, slots: int) -> None:
         if not len(blocks.slots) == len(blocks.device) == len(blocks.fills) == len(blocks.hashes):
             raise TransferError("columns of a transfer differ in length")
+        self.check_device(blocks.device)
         if len(blocks.slots) and int(blocks.slots.max()) >= slots:
             raise TransferError(f"a slot is not below {slots}")
-        self.check_device(blocks.device)
 
     def _in_slab(self, base: int, slots: Indices) -> Column:
         return self._pieces(self._rows(base, slots))
