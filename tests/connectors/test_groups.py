@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from kvbm_schemas.block import Tier
+from tests.connectors.cluster import LiveRegistry, eventually
 from tests.connectors.engine import BLOCK, Engine, full_attention, prompt, sliding_window
 from tests.connectors.releases import needs_lost_requests
+from tests.connectors.test_remote import meet, nothing_leased
 
 MakeEngine = Callable[..., Engine]
 
@@ -133,14 +135,15 @@ def test_blocks_come_from_disk(make_engine: MakeEngine, tmp_path: Path) -> None:
     assert engine.ranks[0].disk_gate.loads.blocks == 10
 
 
-def test_blocks_come_from_another_node(make_node: Callable[..., Engine]) -> None:
+def test_blocks_come_from_another_node(make_node: MakeEngine, registry: LiveRegistry) -> None:
     owner, reader = (make_node(name, **ROOMY, specs=HYBRID) for name in ("owner", "reader"))
-    names = owner.ask(prompt(41)).names
-    owner.settle()
-    held = [name for name in names if name in owner.core.tiers.host]
-    assert len(held) == 10
-    reader.until(lambda: reader.ask(prompt(41, seed=0)).loaded == 40 or reader.forget_device())
+    meet(owner, reader)
+    owner.ask(prompt(41))
+    eventually(lambda: registry.copies == 10)
+    asked = reader.ask(prompt(41), tokens=5)
+    assert (asked.loaded, asked.computed) == (40, 5)
     assert reader.ranks[0].gate.pulls.blocks == 10
+    eventually(lambda: nothing_leased(owner))
 
 
 def test_blocks_being_saved_stay_for_all_groups(make_engine: MakeEngine) -> None:
