@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.patience import until
 
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(sys.path)}
 START_SECONDS = 90.0
+PAUSES_SECONDS = (0.0, 0.0, 0.05, 0.25, 1.0)
 
 
 class ThisMachine:
@@ -73,12 +75,19 @@ class Cluster:
         return chain(next(self._seeds), blocks)
 
     def reads(self, reader: LightNode, owner: LightNode) -> bool:
-        """Whether a prompt that `owner` has just computed is read from there."""
-        question = self.new_chain()
-        assert owner.ask(question).right
-        answer = reader.ask(question)
-        assert answer.right
-        return answer.remote == len(question) and not answer.failed
+        """Whether a prompt that `owner` has computed is read from there.
+
+        The registry may hear of it later than `reader` asks; so that is asked later and later.
+        """
+        for pause in PAUSES_SECONDS:
+            question = self.new_chain()
+            assert owner.ask(question).right
+            time.sleep(pause)
+            answer = reader.ask(question)
+            assert answer.right
+            if answer.remote == len(question) and not answer.failed:
+                return True
+        return False
 
     def wait_until_shared(self, reader: LightNode, owner: LightNode, seconds: float) -> None:
         """Wait until `reader` reads from `owner`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,9 +14,9 @@ from kvbm_service.errors import DirectoryError
 from tests.failures.cluster import START_SECONDS, Cluster
 from tests.patience import until
 
-MEMBERSHIP_SECONDS = 4.0
-LOOKUP_SECONDS = 0.5
-SLOW_MACHINE_SECONDS = 10.0
+MEMBERSHIP_SECONDS = 6.0
+LOOKUP_SECONDS = 2.0
+SLOW_MACHINE_SECONDS = 20.0
 DirectoryServer = EmbeddedNats | EmbeddedEtcd
 
 
@@ -62,10 +61,7 @@ def test_known_peers_stay_usable_until_their_lease_ends_and_nobody_new_is_learne
         assert reader.ask(kept).right
 
         directory.kill()
-        lost = time.monotonic()
         assert cluster.reads(reader, owner), "a known peer is usable"
-        assert time.monotonic() - lost < MEMBERSHIP_SECONDS, "this machine is too slow to tell"
-
         until(
             lambda: not cluster.reads(reader, owner),
             "it is not used for ever",

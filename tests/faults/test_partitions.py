@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from kvbm_service.adapters.nixl_reader import QUIET_SECONDS
 from tests.faults.light_engine import Answer
 from tests.faults.site import (
     LEASE_SECONDS,
@@ -19,7 +20,7 @@ from tests.faults.site import (
     Site,
 )
 from tests.world import Line, World
-from tests.world.hosts import unsent_bytes
+from tests.world.hosts import unsent_requests
 
 Cut = Callable[[World], None]
 
@@ -63,7 +64,12 @@ def test_blocks_of_an_owner_whose_bytes_do_not_come_are_computed_in_time(
     cut(site.world)
     site.wait("b is lent blocks, and cannot read them", site.fails_to_read, SHARE_SECONDS)
     # A request that reaches an owner whose reader is gone makes UCX abort the owner's process.
-    assert not unsent_bytes(site.world["b"], site.world["a"]), "read requests may come late"
+    b, a = site.world["b"], site.world["a"]
+    site.wait(
+        "no read request can come late",
+        lambda: not unsent_requests(b, a),
+        QUIET_SECONDS + SLACK_SECONDS,
+    )
     site.wait("b tries again, and connects anew", site.fails_to_read, SHARE_SECONDS)
     site.wait("nothing is pinned", site.at_rest, LEASE_SECONDS + SLACK_SECONDS)
     site.heal()
@@ -144,4 +150,3 @@ def test_everyone_goes_on_without_the_host_of(site: Site, lost: str) -> None:
         answer = site.b.ask(site.new_chain())
         site.check(answer)
     site.heal()
-

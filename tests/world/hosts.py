@@ -21,7 +21,7 @@ from kvbm_service.demo.process_group import end_group
 from tests.world.line import Line, Traffic
 from tests.world.namespace import NotPermitted, enter_new
 
-__all__ = ["Host", "NotPermitted", "World", "unsent_bytes"]
+__all__ = ["Host", "NotPermitted", "World", "unsent_requests"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +29,8 @@ R = TypeVar("R")
 NETWORK = "10.77.0"
 """The same in every world: they do not see each other."""
 STOP_SECONDS = 5.0
+LISTENS = "0A"
+"""How /proc/net/tcp says that a socket takes connections."""
 
 
 class Host:
@@ -93,15 +95,20 @@ class Host:
         self._thread.shutdown()
 
 
-def unsent_bytes(source: Host, target: Host) -> int:
-    """What the kernel of `source` has still to bring to `target`, by TCP."""
+def unsent_requests(source: Host, target: Host) -> int:
+    """Bytes that the kernel of `source` has still to bring to `target`, by TCP.
+
+    Of the connections that `source` has made: on those that it has accepted it only answers, and
+    says now and again that it is there.
+    """
     reversed_address = socket.inet_aton(target.address)[::-1].hex().upper()
     table = source.run(Path("/proc/thread-self/net/tcp").read_text)
-    rows = [line.split() for line in table.splitlines()[1:]]
+    rows = [line.split()[1:5] for line in table.splitlines()[1:]]
+    accepting = {local.split(":")[1] for local, _, state, _ in rows if state == LISTENS}
     return sum(
         int(queues.split(":")[0], 16)
-        for _, _, remote, _, queues, *_ in rows
-        if remote.startswith(reversed_address)
+        for local, remote, _, queues in rows
+        if remote.startswith(reversed_address) and local.split(":")[1] not in accepting
     )
 
 
