@@ -29,6 +29,11 @@ TRANSFER_SECONDS = 3.0
 DEVICE_BLOCKS = 40
 HOST_BLOCKS = 48
 
+PLUGINS = str(Path(__file__).parent / "plugins")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [*filter(None, [os.environ.get("PYTHONPATH")]), PLUGINS]
+)  # of every engine that a test starts
+
 TAIL = list(range(40))
 """How every prompt ends: a block and a bit, so that an answer can only differ by its prefix."""
 
