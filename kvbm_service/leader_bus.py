@@ -25,6 +25,7 @@ from kvbm_schemas.requests import (
     Lookup,
     Refused,
     Release,
+    Renew,
     Resync,
 )
 from kvbm_schemas.step import Moved
@@ -38,6 +39,7 @@ from kvbm_service.core.effects import (
     AskRegistry,
     Effect,
     GiveBack,
+    KeepUp,
     Publish,
     TellRanks,
 )
@@ -66,7 +68,7 @@ MAX_SUBJECTS_LOGGED = 256
 MAX_QUESTIONS = 256
 """Questions to registries and owners under way. Beyond, they count as unanswered."""
 
-_Outgoing = Publish | Announce | GiveBack | Answer
+_Outgoing = Publish | Announce | GiveBack | KeepUp | Answer
 
 T = TypeVar("T")
 
@@ -120,7 +122,7 @@ class LeaderBus:
     def carry_out(self, effects: list[Effect]) -> None:
         """Do what the core wants done. What cannot be done now counts as lost."""
         for effect in effects:
-            if isinstance(effect, Publish | Announce | GiveBack | Answer):
+            if isinstance(effect, _Outgoing):
                 if not self._outgoing.full():
                     self._outgoing.put_nowait(effect)
                 elif isinstance(effect, Answer):
@@ -142,6 +144,9 @@ class LeaderBus:
                 await self._tell_all("loads", effect.loaded)
             elif isinstance(effect, Answer):
                 await self._answer(effect)
+            elif isinstance(effect, KeepUp):
+                subject = self._leader.scope.of(effect.node, "lease")
+                await self._publish(subject, Renew(lease=effect.lease))
             else:
                 subject = self._leader.scope.of(effect.node, "release")
                 await self._publish(subject, Release(lease=effect.lease))
@@ -192,7 +197,7 @@ class LeaderBus:
     async def _ask_owner(self, question: AskOwner) -> None:
         asked_at = self._leader.now()
         subject = self._leader.scope.of(question.node, "lease")
-        message = Acquire(hashes=question.hashes)
+        message = Acquire(hashes=question.hashes, handed_over=question.handed_over)
         answer = await self._request(subject, message, _lease_answers, question.seconds)
         self._leader.on_core(
             lambda core: core.answered(
@@ -215,12 +220,12 @@ class LeaderBus:
                 for rank in range(self._leader.world_size)
             ]
         if not all(task.result() for task in said):
-            self._leader.on_core(lambda core: core.unheard(order.fetch), None)
+            self._leader.on_core(lambda core: core.unheard(order.order), None)
 
     async def _tell_rank(self, rank: int, order: TellRanks) -> bool:
         subject = self._subject(rank_what(rank))
-        moved = await self._request(subject, order.fetch, _moved, order.seconds)
-        if moved is None or moved.op != order.fetch.op:
+        moved = await self._request(subject, order.order, _moved, order.seconds)
+        if moved is None or moved.op != order.order.op:
             return False
         self._leader.on_core(lambda core: core.moved(moved, rank, self._leader.now()), None)
         return True
@@ -228,7 +233,7 @@ class LeaderBus:
     def _tell_unanswered(self, question: AskRegistry | AskOwner | TellRanks) -> None:
         now = self._leader.now()
         if isinstance(question, TellRanks):
-            self._leader.on_core(lambda core: core.unheard(question.fetch), None)
+            self._leader.on_core(lambda core: core.unheard(question.order), None)
         elif isinstance(question, AskRegistry):
             self._leader.on_core(
                 lambda core: core.located(question.request, question.attempt, None, now), None
@@ -273,14 +278,22 @@ class LeaderBus:
             until.push_async_callback(subscription.close)
 
     async def _on_lease(self, delivery: Delivery) -> None:
-        request = self._decode(delivery, _acquires)
-        if request is None or not delivery.reply or not self._is_member:
-            return
+        request = self._decode(delivery, _lease_requests)
+        if isinstance(request, Renew):
+            lease = request.lease
+            self._leader.on_core(lambda core: core.renew(lease, self._leader.now()), None)
+        elif request is not None and delivery.reply and self._is_member:
+            await self._lend(request, delivery.reply)
+
+    async def _lend(self, request: Acquire, reply: str) -> None:
         token = secrets.token_hex(16)
         not_ready: LeaseAnswer | None = Refused(reason="not ready")
-        self._waiting[token] = delivery.reply
+        self._waiting[token] = reply
         answer = self._leader.on_core(
-            lambda core: core.acquire(request.hashes, token, self._leader.now()), not_ready
+            lambda core: core.acquire(
+                request.hashes, token, self._leader.now(), request.handed_over
+            ),
+            not_ready,
         )
         if answer is not None:
             await self._answer(Answer(token, answer))
@@ -435,7 +448,7 @@ def _go_offline(core: Leader) -> None:
     core.peers.online = False
 
 
-_acquires = Decoder(Acquire)
+_lease_requests: Decoder[Acquire | Renew] = Decoder(Acquire | Renew)  # type: ignore[arg-type]
 _releases = Decoder(Release)
 _resyncs = Decoder(Resync)
 _located = Decoder(Located)

@@ -8,6 +8,7 @@ trying to connect, and the node goes on with its own tiers.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from kvbm_service.adapters.metrics import Metrics
 from kvbm_service.core.effects import Effect, Publish
 from kvbm_service.core.leader import Leader
 from kvbm_service.core.limits import Limits
-from kvbm_service.core.reads import NO_HITS, Hits
+from kvbm_service.core.reads import NO_HITS, Hits, Origin
 from kvbm_service.core.roster import Roster
 from kvbm_service.core.spills import SpillLimits
 from kvbm_service.leader_bus import LeaderBus
@@ -207,7 +208,7 @@ class LeaderService:
     def _make_core(self) -> Leader:
         records = self._roster.records
         device_blocks = min(record.device_blocks for record in records)
-        core = Leader(records, _limits(self._settings, max(1, device_blocks // 2)), self._instance)
+        core = Leader(records, _limits(self._settings, device_blocks), self._instance)
         _log.info(
             "node %s: %s of %d bytes, %d rank(s), scope %s.%s",
             self.node,
@@ -228,9 +229,9 @@ class LeaderService:
 
     # -- engine side -------------------------------------------------------------------------
 
-    def arrive(self, request: str, chain: list[BlockHash]) -> None:
-        """A request is there; start looking for its blocks."""
-        self._with_core(lambda core: core.arrive(request, chain, self._clock()), None)
+    def arrive(self, request: str, chain: list[BlockHash], origin: Origin | None = None) -> None:
+        """A request is there; start looking for its blocks, which `origin` may hand over."""
+        self._with_core(lambda core: core.arrive(request, chain, self._clock(), origin), None)
 
     def match(self, request: str, computed: int) -> int | None:
         """How many blocks after the first `computed` can be loaded; None: ask again soon."""
@@ -263,6 +264,21 @@ class LeaderService:
             ),
             nothing,
         )
+
+    def hand_over(
+        self, chain: Sequence[BlockHash], device_blocks: Sequence[int]
+    ) -> tuple[Origin, list[int]] | None:
+        """Keep these blocks for another engine; see `Leader.hand_over`.
+
+        Returns what that engine has to be told, and the device blocks that must not be reused
+        until `report` returns them.
+        """
+        token = secrets.token_hex(16)
+        nothing: list[int] | None = None
+        held = self._with_core(
+            lambda core: core.hand_over(token, chain, device_blocks, self._clock()), nothing
+        )
+        return None if held is None else (Origin(self.node, token, len(chain)), held)
 
     def finish(self, request: str) -> None:
         """The request is over."""
@@ -419,14 +435,22 @@ class LeaderService:
         return self._settings
 
 
-def _limits(settings: Settings, held_blocks: int) -> Limits:
+HELD_SHARE = 0.5
+"""At most this share of the device pool is kept from the engine by unfinished saves."""
+
+LENT_SHARE = 0.25
+"""At most this share of the device pool is lent to decode engines."""
+
+
+def _limits(settings: Settings, device_blocks: int) -> Limits:
     """What the operator chose, for the core."""
     unfiltered = settings.disable_disk_offload_filter
     return Limits(
         lookup_seconds=settings.lookup_deadline_seconds,
         lease_seconds=settings.lease_seconds,
         transfer_seconds=settings.transfer_timeout_seconds,
-        held_blocks=held_blocks,
+        held_blocks=max(1, int(device_blocks * HELD_SHARE)),
+        lent_blocks=int(device_blocks * LENT_SHARE),
         staging_seconds=settings.staging_deadline_seconds,
         disk_only=settings.disk_only,
         min_priority=settings.host_offload_prefix_min_priority,

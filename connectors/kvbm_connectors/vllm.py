@@ -128,7 +128,7 @@ class KvbmConnector(KVConnectorBase_V1, *vllm_releases.HYBRID):  # type: ignore[
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A save that is lost is a miss later, nothing worse."""
+        """What is lost on the way, saved or handed over, is computed again, nothing worse."""
         return False
 
     # -- scheduler side ----------------------------------------------------------------------
@@ -178,9 +178,11 @@ class KvbmConnector(KVConnectorBase_V1, *vllm_releases.HYBRID):  # type: ignore[
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """vLLM may free the request's blocks: those being saved are held by themselves."""
-        self._scheduler.finished(request)
-        return False, None
+        """vLLM may free the request's blocks: those being saved or lent are held by themselves.
+
+        What is returned goes to the engine that goes on with the request.
+        """
+        return False, self._scheduler.finished(request, block_ids)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kvbm_connectors import kv_transfer_params
 from kvbm_connectors.vllm_channel import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 from kvbm_connectors.vllm_events import EngineEvents
 from kvbm_connectors.vllm_layout import name_of
 from kvbm_connectors.vllm_tables import Tables
 from kvbm_schemas.block import BlockHash
 from kvbm_service import forgetting
-from kvbm_service.core.reads import Hits
+from kvbm_service.core.reads import Hits, Origin
 from kvbm_service.errors import LayoutError
 from kvbm_service.leader_service import LeaderService
 
@@ -93,9 +94,9 @@ class SchedulerSide:
     def on_new_request(self, request: Request) -> None:
         """Start looking for the request's blocks."""
         followed = self._followed[request.request_id] = _Followed(request)
-        self._look_for(followed)
+        self._look_for(followed, kv_transfer_params.read(request.kv_transfer_params))
 
-    def _look_for(self, followed: _Followed) -> None:
+    def _look_for(self, followed: _Followed, origin: Origin | None = None) -> None:
         request = followed.request
         names = followed.update_names()
         if len(names) * self._block_size > request.num_tokens:
@@ -105,8 +106,8 @@ class SchedulerSide:
             )
         # The last token is always computed: its output is what the request is about.
         followed.loadable = min(len(names), (request.num_tokens - 1) // self._block_size)
-        if not request.skip_reading_prefix_cache:
-            self._leader.arrive(request.request_id, names[: followed.loadable])
+        wanted = [] if request.skip_reading_prefix_cache else names[: followed.loadable]
+        self._leader.arrive(request.request_id, wanted, origin)
 
     def matched_tokens(self, request: Request, computed_tokens: int) -> int | None:
         """How many further tokens can be loaded; None: ask again."""
@@ -140,10 +141,26 @@ class SchedulerSide:
         hits = self._leader.hits(request.request_id)
         return Hits(*(blocks * self._block_size for blocks in hits))
 
-    def finished(self, request: Request) -> None:
-        """The request is over."""
+    def finished(self, request: Request, device_blocks: list[int]) -> dict[str, Any] | None:
+        """The request is over. Returns what the engine that goes on with it has to be told."""
+        handed_over = self._hand_over(request, device_blocks)
         self._leader.finish(request.request_id)
         self._followed.pop(request.request_id, None)
+        return handed_over
+
+    def _hand_over(self, request: Request, device_blocks: list[int]) -> dict[str, Any] | None:
+        followed = self._followed.get(request.request_id)
+        wanted = kv_transfer_params.wants_hand_over(request.kv_transfer_params)
+        if followed is None or not wanted or not _ended_well(request):
+            return None
+        names = followed.update_names()
+        count = min(len(names), len(device_blocks), request.num_prompt_tokens // self._block_size)
+        kept = self._leader.hand_over(names[:count], device_blocks[:count])
+        if kept is None:
+            return None
+        origin, held = kept
+        self._hold(held)
+        return kv_transfer_params.written(origin)
 
     # -- write path ------------------------------------------------------------------------
 
@@ -207,6 +224,8 @@ class SchedulerSide:
         return dealt_with == len(chain)
 
     def _hold(self, device_blocks: list[int]) -> None:
+        if not device_blocks:
+            return
         assert self._pool is not None
         if self._tables is not None:
             device_blocks = self._tables.hold(device_blocks)
@@ -247,3 +266,10 @@ class SchedulerSide:
     def close(self) -> None:
         """The engine ends."""
         self._leader.close()
+
+
+def _ended_well(request: Request) -> bool:
+    """Whether the request was neither aborted nor failed."""
+    from vllm.v1.request import RequestStatus
+
+    return request.status in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from kvbm_schemas.events import BlockEvent, Loaded
 from kvbm_schemas.requests import LeaseAnswer
-from kvbm_schemas.step import Fetch
+from kvbm_schemas.step import Fetch, Lend
 
 
 class Publish(NamedTuple):
@@ -39,6 +39,8 @@ class AskOwner(NamedTuple):
     hashes: bytes
     seconds: float
     """When nobody waits for the answer any more, counted from now."""
+    handed_over: str = ""
+    """The lease, granted ahead, that is to be named."""
 
 
 class GiveBack(NamedTuple):
@@ -48,8 +50,15 @@ class GiveBack(NamedTuple):
     lease: str
 
 
+class KeepUp(NamedTuple):
+    """Tell `node` that its lease, granted ahead, is still needed."""
+
+    node: str
+    lease: str
+
+
 class Answer(NamedTuple):
-    """Answer the lease request that was given the token `lease`, which had to wait for a disk."""
+    """Answer the lease request that was given the token `lease`, which had to wait."""
 
     lease: str
     answer: LeaseAnswer
@@ -58,13 +67,13 @@ class Answer(NamedTuple):
 
 
 class TellRanks(NamedTuple):
-    """Have every own rank carry `fetch` out now, not with the engine's next step.
+    """Have every own rank carry `order` out now, not with the engine's next step.
 
     Tell `Leader.moved` what each says, or `Leader.unheard` if some rank says nothing.
     """
 
-    fetch: Fetch
+    order: Fetch | Lend
     seconds: float
 
 
-Effect = Publish | Announce | AskRegistry | AskOwner | GiveBack | Answer | TellRanks
+Effect = Publish | Announce | AskRegistry | AskOwner | GiveBack | KeepUp | Answer | TellRanks

@@ -19,8 +19,10 @@ from kvbm_service.core.accounts import Account, Path, Refusal
 from kvbm_service.core.columns import pack_u32, unpack_u32, unpack_u64
 from kvbm_service.core.crew import Crew, State
 from kvbm_service.core.effects import Answer, Effect, GiveBack, Publish
+from kvbm_service.core.hand_overs import HandOvers
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.lending import Lending, LendingLimits
+from kvbm_service.core.lent_blocks import LentBlocks
 from kvbm_service.core.limits import Limits
 from kvbm_service.core.load_order import LoadOrder
 from kvbm_service.core.loads import Load, Loads
@@ -31,7 +33,7 @@ from kvbm_service.core.orders import Orders
 from kvbm_service.core.outbox import Outbox
 from kvbm_service.core.peers import Peers
 from kvbm_service.core.prefetch import Prefetch
-from kvbm_service.core.reads import NO_HITS, Hits, Reader
+from kvbm_service.core.reads import NO_HITS, Hits, Origin, Reader
 from kvbm_service.core.salvage import Salvage
 from kvbm_service.core.snapshot import Snapshot
 from kvbm_service.core.spills import Spills
@@ -68,6 +70,20 @@ class Leader:
             agents=self.crew.agents,
             limits=LendingLimits(limits.lease_seconds, limits.staging_seconds),
         )
+        lends = all(rank.device is not None for rank in ranks)
+        self.lent = LentBlocks(
+            self.orders,
+            self.outbox.effects,
+            world_size=len(ranks),
+            room=limits.lent_blocks if lends else 0,
+        )
+        self.hand_overs = HandOvers(
+            self.tiers,
+            self.lending,
+            self.lent,
+            self.outbox.effects,
+            LendingLimits(limits.lease_seconds, limits.staging_seconds),
+        )
         self.spills = Spills(self.tiers, self.orders, limits.spill, self._new_filter())
         self._hot = OffloadFilter(2, limits.decay_seconds, limits.filter_entries)
         """Blocks of other nodes that were loaded here."""
@@ -103,10 +119,15 @@ class Leader:
 
     # -- read path, engine side ------------------------------------------------------
 
-    def arrive(self, request: str, chain: list[BlockHash], now: float) -> None:
-        """A request is there; start looking for its blocks."""
+    def arrive(
+        self, request: str, chain: list[BlockHash], now: float, origin: Origin | None = None
+    ) -> None:
+        """A request is there; start looking for its blocks.
+
+        `origin`: a prefill engine has computed it, and hands its blocks over.
+        """
         self._unsaved.discard(request)
-        self.lookups.arrive(request, chain, now)
+        self.lookups.arrive(request, chain, now, origin)
 
     def match(self, request: str, computed: int, now: float) -> int | None:
         """How many blocks after the first `computed` can be loaded; None: ask again.
@@ -125,6 +146,8 @@ class Leader:
         lost since the promise, the load is among `take_lost_loads`.
         """
         reader = self.lookups.promised(request)
+        if not device_blocks:
+            self.lookups.release_origin(request)
         if reader is None:
             assert not device_blocks, f"{request} was promised nothing"
             return
@@ -213,6 +236,20 @@ class Leader:
             return list(range(end))
         return [index for index in range(end) if chain[index] not in reader.in_place]
 
+    def hand_over(
+        self, token: str, chain: Sequence[BlockHash], device_blocks: Sequence[int], now: float
+    ) -> list[int] | None:
+        """Keep a request's full blocks for the engine that goes on with it.
+
+        That one's leader names `token`. `device_blocks` holds `chain`, and is complete; if some
+        of it may not be lent, give none: the blocks are then lent from the tiers. Returns the
+        device blocks that must not be reused until `take_freed_blocks` returns them; None:
+        nothing is handed over.
+        """
+        if not self.crew.whole:
+            return None
+        return self.hand_overs.begin(token, chain, device_blocks, now)
+
     def take_commands(self, now: float) -> step.StepCommands:
         """Everything the ranks have to do around the coming forward pass."""
         self.lookups.steps += 1
@@ -235,7 +272,7 @@ class Leader:
     def take_freed_blocks(self) -> list[int]:
         """Device blocks that `store` held and that may be reused now."""
         freed, self._freed_blocks = self._freed_blocks, []
-        return freed
+        return freed + self.lent.take_freed()
 
     def take_lost_loads(self) -> list[step.LoadResult]:
         """Loads that some rank, which is no more, will not report: none of their blocks arrived.
@@ -249,6 +286,7 @@ class Leader:
     def busy(self) -> bool:
         """Whether ranks still have something to report, or to be told."""
         awaited = len(self.loads) or self.orders.moves.step_awaited or self.crew.fence
+        awaited = awaited or self.lent.awaited
         return bool(awaited or self.orders.waiting or len(self.spills))
 
     @property
@@ -259,6 +297,7 @@ class Leader:
     def reset(self) -> None:
         """Forget every block, those on their way included, for this life and later ones."""
         self.lookups.reset()
+        self.hand_overs.end_all("all blocks are forgotten")
         self.spills.clear()
         self.tiers.clear()
         self.orders.forget()
@@ -282,6 +321,7 @@ class Leader:
         """
         self.crew.away(ranks)
         if ranks:
+            self.hand_overs.end_all(RANK_MISSING)
             self._answer_late(self.lending.end_all(RANK_MISSING))
 
     def rank_lost(self, rank: int, now: float) -> None:
@@ -292,6 +332,7 @@ class Leader:
         """
         self._salvage.begin(self.tiers.held())
         self.crew.lost(rank)
+        self.hand_overs.rank_lost(RANK_MISSING)
         self.spills.clear()
         self._answer_late(self.lending.end_all(RANK_MISSING))
         self.tiers.clear()
@@ -315,6 +356,7 @@ class Leader:
     def _all_at_rest(self, now: float) -> None:
         """Nothing older is under way on any rank, nor will be begun."""
         self._give_up(now)
+        self.lent.all_at_rest()
         for had in self._salvage.end():
             self.adopt(had)
 
@@ -349,14 +391,20 @@ class Leader:
         if not self.prefetch.answered(attempt, answer, asked_at, now, self.outbox.effects):
             self.lookups.answered(request, attempt, node, start, answer, asked_at)
 
-    def acquire(self, hashes: bytes, token: str, now: float) -> LeaseAnswer | None:
-        """Another node's leader wants to read this chain's blocks.
+    def acquire(
+        self, hashes: bytes, token: str, now: float, handed_over: str = ""
+    ) -> LeaseAnswer | None:
+        """Another node's leader wants to read this chain's blocks, which were `handed_over`.
 
-        None: they are on disk only, and the effect `Answer` follows when they have come up.
+        None: they are on disk only, or on their way, and the effect `Answer` follows.
         """
         if not self.crew.whole:
             return Refused(reason=RANK_MISSING)
-        answer = self.lending.acquire(hashes, token, self.journal.epoch, now, self.outbox.effects)
+        epoch = self.journal.epoch
+        if handed_over:
+            answer = self.hand_overs.claim(handed_over, hashes, token, epoch, now)
+        else:
+            answer = self.lending.acquire(hashes, token, epoch, now, self.outbox.effects)
         if isinstance(answer, Refused):
             self.outbox.tell(Refusal(answer.reason, len(hashes) // HASH_BYTES))
         return answer
@@ -364,24 +412,32 @@ class Leader:
     def release(self, token: str) -> None:
         """The reader is done. An unknown token changes nothing."""
         self.lending.release(token)
+        self.hand_overs.release(token)
+
+    def renew(self, token: str, now: float) -> None:
+        """A decode engine still needs what was handed over. An unknown token changes nothing."""
+        self.hand_overs.renew(token, now)
 
     def moved(self, moved: step.Moved, rank: int, now: float) -> None:
         """A rank has come to the end of a move."""
         if self.crew.at_rest(moved.op, rank):
             self._all_at_rest(now)
+        failed = bool(moved.failed)
+        if self.hand_overs.lent(moved.op, rank, failed, self.journal.epoch, now):
+            return
         settled = self.orders.moves.report(
             moved.op, rank, unpack_u32(moved.failed), moved.reason, moved.seconds
         )
         if settled is not None:
             self._settle(moved.op, settled, now)
 
-    def unheard(self, fetch: step.Fetch) -> None:
+    def unheard(self, order: step.Fetch | step.Lend) -> None:
         """Some rank said nothing to `TellRanks`: tell it again, by way that loses nothing.
 
         A rank carries out each op once, and repeats what it said of it.
         """
-        if fetch.op > self._void:
-            self.orders.put_into_step(fetch)
+        if order.op > self._void:
+            self.orders.put_into_step(order)
 
     def begin_snapshot(self) -> Snapshot:
         """A copy of what is held, to be taken in slices so that nobody has to wait."""
@@ -398,6 +454,7 @@ class Leader:
     def tick(self, now: float) -> None:
         """Time has passed: end what is overdue."""
         self._answer_late(self.lending.tick(self.journal.epoch, now))
+        self.hand_overs.tick(self.journal.epoch, now)
         self.lookups.tick(now)
 
     def take_effects(self) -> list[Effect]:
@@ -412,6 +469,7 @@ class Leader:
         """All tables agree with each other."""
         self.tiers.check_integrity()
         self.lending.check_integrity()
+        self.hand_overs.check_integrity(self.crew.state in (State.WHOLE, State.AWAY))
         self.orders.moves.check_integrity()
         self.lookups.check_integrity()
         self.loads.check_integrity()
@@ -439,6 +497,7 @@ class Leader:
             move.path, len(move.blocks) - len(settled.failed), len(settled.failed),
             settled.reason, settled.seconds,
         )  # fmt: skip
+        self.hand_overs.saved(move.blocks, self.journal.epoch, now)
         if move.path is Path.DISK_TO_HOST:
             self._answer_late(self.lending.fetched(op, self.journal.epoch, now))
         elif move.tier is Tier.HOST:

@@ -61,6 +61,16 @@ class Lending:
         self._coming: dict[BlockHash, int] = {}
         """Blocks on their way up, and the fetch that brings each."""
 
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """The processes whose memory is lent."""
+        return self._agents
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another block may be pinned for other nodes."""
+        return self._room > 0
+
     def acquire(
         self, hashes: bytes, token: str, epoch: int, now: float, effects: list[Effect]
     ) -> LeaseAnswer | None:

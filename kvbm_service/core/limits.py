@@ -16,6 +16,8 @@ class Limits(NamedTuple):
     transfer_seconds: float = 10.0
     held_blocks: int = 1024
     """Device blocks that unfinished saves may keep from the engine."""
+    lent_blocks: int = 512
+    """Device blocks that may be lent to decode engines at a time. 0: none is."""
     staging_seconds: float = 0.2
     """How much longer an owner may take whose blocks are on its disk."""
     disk_only: bool = False

@@ -99,6 +99,7 @@ class LoadOrder:
                         blocks=read.blocks,
                         slots=read.slots,
                         fills=read.fills,
+                        tier=piece.tier,
                     )
                 )
         return step.Load(
@@ -116,7 +117,7 @@ class LoadOrder:
         if isinstance(piece, Pinned):
             tier, node, fills = piece.tier, "", self._tiers.fills(piece)
         else:
-            tier, node, fills = Tier.HOST, piece.node, piece.fills
+            tier, node, fills = piece.tier, piece.node, piece.fills
         self.taken.append(Taken(tier, node, names, blocks))
         to.hashes.extend(names)
         to.blocks.extend(blocks)

@@ -12,7 +12,7 @@ from kvbm_schemas.block import BlockHash, Tier, pack
 from kvbm_schemas.message import MAX_BATCH_BLOCKS
 from kvbm_schemas.requests import Leased, Located, Refused, Segment
 from kvbm_service.core.accounts import Looked
-from kvbm_service.core.effects import AskOwner, AskRegistry, GiveBack
+from kvbm_service.core.effects import AskOwner, AskRegistry, GiveBack, KeepUp
 from kvbm_service.core.limits import Limits
 from kvbm_service.core.orders import Orders
 from kvbm_service.core.outbox import Outbox
@@ -23,12 +23,16 @@ from kvbm_service.core.reads import (
     NO_HITS,
     Grant,
     Hits,
+    Origin,
     Part,
     Plan,
     Reader,
     Stage,
 )
 from kvbm_service.core.tiers import Tiers
+
+RENEWAL_SHARE = 1 / 3
+"""How often blocks that were handed over are asked for again, as a share of a lease's time."""
 
 MAX_READERS = 65_536
 """Requests whose read path is followed; later ones are simply computed."""
@@ -60,12 +64,16 @@ class Lookups:
 
     # -- the engine's questions --------------------------------------------------------
 
-    def arrive(self, request: str, chain: list[BlockHash], now: float) -> None:
+    def arrive(
+        self, request: str, chain: list[BlockHash], now: float, origin: Origin | None = None
+    ) -> None:
         """See `Leader.arrive`."""
         self.finish(request)
         if len(self.readers) >= MAX_READERS or not chain:
+            self._give_back(origin)
             return
-        reader = self.readers[request] = self.waiting[request] = Reader(chain)
+        reader = Reader(chain, origin=origin, renewed=now)
+        self.readers[request] = self.waiting[request] = reader
         self._tiers.use(chain, now)
         self._ask_registry_if_needed(request, reader, 0, now)
 
@@ -115,6 +123,13 @@ class Lookups:
         self._count(reader, NO_HITS)
         self._drop_plan(reader)
 
+    def release_origin(self, request: str) -> None:
+        """What was handed over for this request is not needed any more."""
+        reader = self.readers.get(request)
+        if reader is not None:
+            origin, reader.origin = reader.origin, None
+            self._give_back(origin)
+
     def load(self, reader: Reader, op: int, hits: Hits) -> None:
         """The promise is being kept, as `op`."""
         reader.stage, reader.plan, reader.op = Stage.LOADING, None, op
@@ -125,12 +140,14 @@ class Lookups:
         """The load has ended."""
         reader = self.readers.get(request)
         if reader is not None and reader.stage is Stage.LOADING and reader.op == op:
+            self.release_origin(request)
             reader.stage = Stage.SPENT if failed else Stage.IDLE
             reader.segments = ()
 
     def finish(self, request: str) -> None:
         """The request is over, however it ended."""
         self.waiting.pop(request, None)
+        self.release_origin(request)
         reader = self.readers.pop(request, None)
         if reader is None:
             return
@@ -152,6 +169,7 @@ class Lookups:
         """
         kept = self._limits.lease_seconds / 4  # the engine may be about to load what it was told of
         for reader in self.readers.values():
+            self._keep_up(reader, now)
             if reader.plan is None or reader.plan.deadline + kept > now:
                 continue
             if reader.promised_in != self.steps or reader.stage is not Stage.READY:
@@ -162,6 +180,16 @@ class Lookups:
         for pinned in plan.pinned:
             self._tiers.unpin(pinned.tier, pinned.slots)
         self._outbox.effects.extend(GiveBack(grant.node, grant.lease) for grant in plan.grants)
+
+    def _keep_up(self, reader: Reader, now: float) -> None:
+        origin, period = reader.origin, self._limits.lease_seconds * RENEWAL_SHARE
+        if origin is not None and reader.renewed + period <= now:
+            reader.renewed = now
+            self._outbox.effects.append(KeepUp(origin.node, origin.lease))
+
+    def _give_back(self, origin: Origin | None) -> None:
+        if origin is not None:
+            self._outbox.effects.append(GiveBack(origin.node, origin.lease))
 
     # -- answers -----------------------------------------------------------------------
 
@@ -234,6 +262,9 @@ class Lookups:
             if now < reader.deadline and not all(p.answered for p in reader.plan.parts):
                 return None
             reader.stage = Stage.READY
+            if any(part.handed_over and part.grant is None for part in reader.plan.parts):
+                reader.origin_failed = True
+                self._drop_plan(reader)
             return self._advance(request, reader, computed, now)
         return self._make_plan(request, reader, computed, now)
 
@@ -247,12 +278,28 @@ class Lookups:
         known = reader.stage is not Stage.IDLE and (not absent or reader.is_told(absent[0]))
         if not absent or known:
             return absent
+        if self._is_handed_over(reader, absent[0], now):
+            self._ask_origin(reader, absent)
+            return absent
         asked = absent[:MAX_BATCH_BLOCKS]
         reader.stage, reader.attempt, reader.asked = Stage.LOOKING, self._orders.next_op(), asked
         reader.deadline = self._answer_by(reader, now)
         wanted = pack(reader.chain[index] for index in asked)
         self._outbox.effects.append(AskRegistry(request, reader.attempt, wanted))
         return None
+
+    def _is_handed_over(self, reader: Reader, index: int, now: float) -> bool:
+        origin = reader.origin
+        usable = origin is not None and self._peers.can_ask(origin.node, now)
+        return usable and not reader.origin_failed and index < (origin.blocks if origin else 0)
+
+    def _ask_origin(self, reader: Reader, absent: Sequence[int]) -> None:
+        """Who hands blocks over need not be looked for: it has them, whatever the registry says."""
+        assert reader.origin is not None
+        asked = [index for index in absent if index < reader.origin.blocks][:MAX_BATCH_BLOCKS]
+        reader.asked = asked
+        kept = Segment(reader.origin.node, Tier.HOST, start=0, count=len(asked))
+        self._set_located(reader, (kept,))
 
     def _set_located(self, reader: Reader, segments: tuple[Segment, ...]) -> None:
         reader.segments, reader.stage = segments, Stage.LOCATED
@@ -284,9 +331,17 @@ class Lookups:
             usable = segment.tier is not Tier.DEVICE and self._peers.can_ask(segment.node, now)
             if start != first_gap or not usable or len(plan.parts) >= MAX_PARTS:
                 return
-            plan.parts.append(Part(segment.node, start, stop, on_disk=segment.tier is Tier.DISK))
+            lease = self._lease_ahead(reader, segment.node)
+            may_wait = segment.tier is Tier.DISK or bool(lease)
+            plan.parts.append(Part(segment.node, start, stop, may_wait, lease))
             for _ in range(stop - start - 1):
                 next(gaps, None)
+
+    def _lease_ahead(self, reader: Reader, node: str) -> str:
+        """The lease under which `node` keeps this request's blocks, if it does."""
+        origin = reader.origin
+        kept = origin is not None and origin.node == node and not reader.origin_failed
+        return origin.lease if origin is not None and kept else ""
 
     def _pin_own(self, chain: Sequence[BlockHash], plan: Plan, start: int) -> int:
         """Pin what is here of `chain[start:]`, up to the first gap. Returns where that is."""
@@ -295,7 +350,7 @@ class Lookups:
         return pinned[-1].end if pinned else start
 
     def _ask_owners(self, request: str, reader: Reader, plan: Plan, now: float) -> None:
-        staging = self._limits.staging_seconds if any(p.on_disk for p in plan.parts) else 0.0
+        staging = self._limits.staging_seconds if any(p.may_wait for p in plan.parts) else 0.0
         if staging and reader.patience is not None and not reader.staging:
             reader.patience += staging
             reader.staging = True
@@ -305,7 +360,13 @@ class Lookups:
             wanted = pack(reader.chain[part.start : part.end])
             self._outbox.effects.append(
                 AskOwner(
-                    request, reader.attempt, part.node, part.start, wanted, reader.deadline - now
+                    request,
+                    reader.attempt,
+                    part.node,
+                    part.start,
+                    wanted,
+                    reader.deadline - now,
+                    part.handed_over,
                 )
             )
 

@@ -43,6 +43,8 @@ class Orders:
         self._spills: list[step.Spill] = []
         self._fetches: list[step.Fetch] = []
         self._remote_fetches: list[step.RemoteFetch] = []
+        self._lends: list[step.Lend] = []
+        self._unlends: list[step.Unlend] = []
         self._forget = False
 
     @property
@@ -112,10 +114,23 @@ class Orders:
             instance=self._instance,
         )
 
-    def put_into_step(self, fetch: step.Fetch) -> None:
-        """Have a fetch ride the coming step."""
-        self.moves.ask_by_step(fetch.op)
-        self._fetches.append(fetch)
+    def lend(self, op: int, blocks: list[BlockHash], device_blocks: list[int]) -> step.Lend:
+        """Let other nodes read device blocks. Returned to be sent, or put into a step."""
+        return step.Lend(
+            op=op, hashes=pack(blocks), blocks=pack_u32(device_blocks), instance=self._instance
+        )
+
+    def unlend(self, op: int, device_blocks: list[int]) -> None:
+        """Let nobody believe what he reads in these device blocks any more."""
+        self._unlends.append(step.Unlend(op=op, blocks=pack_u32(device_blocks)))
+
+    def put_into_step(self, order: step.Fetch | step.Lend) -> None:
+        """Have an order ride the coming step."""
+        if isinstance(order, step.Fetch):
+            self.moves.ask_by_step(order.op)
+            self._fetches.append(order)
+        else:
+            self._lends.append(order)
 
     def fetch_remote(
         self, op: int, blocks: list[BlockHash], grant: Grant, positions: list[int],
@@ -161,9 +176,10 @@ class Orders:
             forget=self._forget,
             meant=meant,
             fence=fence,
+            lends=tuple(self._lends),
+            unlends=tuple(self._unlends),
         )
-        self._loads, self._spills = [], []
-        self._fetches, self._remote_fetches = [], []
+        self._clear()
         self._forget = False
         return commands
 
@@ -173,9 +189,13 @@ class Orders:
         ops |= {load.op for load in self._loads} | {spill.op for spill in self._spills}
         ops |= {fetch.op for fetch in self._fetches}
         ops |= {fetch.op for fetch in self._remote_fetches}
+        self._clear()
+        return ops
+
+    def _clear(self) -> None:
         self._loads, self._spills = [], []
         self._fetches, self._remote_fetches = [], []
-        return ops
+        self._lends, self._unlends = [], []
 
     def _take_save(self) -> tuple[step.Save, ...]:
         saving, self._saving = self._saving, _Saving()
@@ -209,5 +229,7 @@ class Orders:
             or self._spills
             or self._fetches
             or self._remote_fetches
+            or self._lends
+            or self._unlends
             or self._forget
         )

@@ -53,6 +53,7 @@ class Grant:
     slots: Sequence[int]
     fills: Sequence[int]
     deadline: float
+    tier: Tier = Tier.HOST
 
     @classmethod
     def of(cls, answer: Leased, node: str, start: int, asked_at: float) -> Grant:
@@ -65,6 +66,7 @@ class Grant:
             slots=unpack_u32(answer.slots),
             fills=unpack_u64(answer.fills),
             deadline=asked_at + answer.seconds,
+            tier=answer.tier,
         )
 
     @property
@@ -92,7 +94,10 @@ class Part:
     node: str
     start: int
     end: int
-    on_disk: bool = False
+    may_wait: bool = False
+    """Whether the owner may have to bring the blocks to where they can be read."""
+    handed_over: str = ""
+    """The lease, granted ahead, that is named."""
     answered: bool = False
     grant: Grant | None = None
 
@@ -155,6 +160,14 @@ class Hits(NamedTuple):
 NO_HITS = Hits()
 
 
+class Origin(NamedTuple):
+    """The prefill engine that has computed a request's first `blocks`, and keeps them for us."""
+
+    node: str
+    lease: str
+    blocks: int
+
+
 @dataclass(slots=True)
 class Reader:
     """One request's chain, and how far its read path has come."""
@@ -186,6 +199,12 @@ class Reader:
     """Blocks that the engine had itself when it last asked."""
     brought: int | None = None
     """Blocks that were brought up while the request waited; None: not tried yet."""
+    origin: Origin | None = None
+    """Who keeps this request's blocks, until they are released."""
+    origin_failed: bool = False
+    """Whether what was kept could not be had."""
+    renewed: float = 0.0
+    """When the origin was last told that its blocks are still needed."""
     in_place: set[BlockHash] = field(default_factory=set)
     """Blocks that came from another node and are not worth a copy here."""
 

@@ -114,6 +114,14 @@ class Tiers:
         """Whether no block can be read."""
         return not any(len(pool) for _, pool in self._pools)
 
+    def is_known(self, block: BlockHash) -> bool:
+        """Whether the block is in some tier, or on its way there."""
+        return any(block in pool for _, pool in self._pools)
+
+    def is_coming(self, block: BlockHash) -> bool:
+        """Whether the block can be read in no tier yet, and is on its way to one."""
+        return self.is_known(block) and not any(pool.readable(block) for _, pool in self._pools)
+
     # -- filling -------------------------------------------------------------------
 
     def reserve(

@@ -18,10 +18,11 @@ from kvbm_schemas.requests import (
     Lookup,
     Placements,
     Release,
+    Renew,
     Resync,
     SnapshotChunk,
 )
-from kvbm_schemas.step import Fetch, Moved
+from kvbm_schemas.step import Fetch, Lend, Moved
 
 M = TypeVar("M")
 
@@ -35,9 +36,11 @@ AnyMessage = (
     | Acquire
     | LeaseAnswer
     | Release
+    | Renew
     | Resync
     | SnapshotChunk
     | Fetch
+    | Lend
     | Moved
     | DirectoryRecord
 )

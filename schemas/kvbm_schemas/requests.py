@@ -76,6 +76,8 @@ class Acquire(Message, frozen=True):
     """Ask the owner's leader to pin this chain's blocks in its host tier, for our ranks to read."""
 
     hashes: BlockHashes
+    handed_over: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """The lease, granted ahead, under which these blocks were handed over; empty: none was."""
 
     def __post_init__(self) -> None:
         check_packed(self.hashes, HASH_BYTES, "hashes")
@@ -86,7 +88,8 @@ class Leased(Message, frozen=True):
 
     `fills` are the slots' fill stamps: a reader believes what it read only if the slot's
     header still shows the block's name and this stamp after the read (docs/adr/0003).
-    `agents` are the NIXL agents of the owner's ranks, in rank order.
+    `agents` are the NIXL agents of the owner's ranks, in rank order. In the tier G1, `slots` are
+    numbers of blocks on the owner's device.
     """
 
     lease: LeaseToken
@@ -95,6 +98,7 @@ class Leased(Message, frozen=True):
     slots: SlotIndices
     fills: FillStamps
     agents: Annotated[tuple[str, ...], msgspec.Meta(max_length=4096)]
+    tier: Tier = Tier.HOST
 
     def __post_init__(self) -> None:
         check_packed(self.slots, 4, "slots")
@@ -111,6 +115,12 @@ class Refused(Message, frozen=True):
 
 class Release(Message, frozen=True):
     """The reader is done with this lease."""
+
+    lease: LeaseToken
+
+
+class Renew(Message, frozen=True):
+    """The reader still needs this lease, which was granted ahead."""
 
     lease: LeaseToken
 

@@ -114,6 +114,8 @@ class Lend(Message, frozen=True):
     hashes: BlockHashes
     blocks: SlotIndices
     """Device block numbers. Nothing may write to them until an `Unlend` has been answered."""
+    instance: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """The engine's life that is meant, where the command does not ride its step channel."""
 
     def __post_init__(self) -> None:
         check_packed(self.hashes, HASH_BYTES, "hashes")

@@ -11,7 +11,7 @@ from kvbm_schemas.block import HASH_BYTES, BlockHash, Tier, pack
 from kvbm_schemas.records import NodeRecord, RankRecord, SlabRecord
 from kvbm_schemas.requests import Leased, Located, Segment
 from kvbm_service.core.columns import pack_u32, pack_u64
-from kvbm_service.core.effects import Effect
+from kvbm_service.core.effects import Effect, TellRanks
 from kvbm_service.core.leader import Leader
 from kvbm_service.core.limits import Limits
 
@@ -150,9 +150,7 @@ class Rig:
         self, load: step.Load, rank: int = 0, failed: tuple[int, ...] = (), now: float = 0.0
     ) -> None:
         """One rank has come to the end of a load."""
-        result = step.LoadResult(
-            op=load.op, request=load.request, failed_blocks=pack_u32(failed)
-        )
+        result = step.LoadResult(op=load.op, request=load.request, failed_blocks=pack_u32(failed))
         self.leader.report(step.StepResults(rank=rank, loads=(result,)), now)
         self.leader.check_integrity()
 
@@ -189,6 +187,13 @@ class Rig:
             self.leader.peers.rank_changed(node, rank, record)
 
 
+def told_to_fetch(rig: Rig) -> step.Fetch:
+    """The only fetch that all ranks are to carry out at once."""
+    order = rig.effect(TellRanks).order
+    assert isinstance(order, step.Fetch)
+    return order
+
+
 def located(*places: tuple[str, int], tier: Tier = Tier.HOST) -> Located:
     """The registry's answer: from each node in turn, so many blocks."""
     segments, start = [], 0
@@ -211,7 +216,6 @@ def leased(
         fills=pack_u64(range(500, 500 + count)),
         agents=tuple(f"{node}/{rank}/{life}" for rank in range(world_size)),
     )
-
 
 
 def survivors(

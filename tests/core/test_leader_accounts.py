@@ -10,8 +10,8 @@ from kvbm_schemas.events import Source
 from kvbm_service.core import outbox
 from kvbm_service.core.accounts import Account, Looked, Path, Refusal, Transferred
 from kvbm_service.core.columns import pack_u32
-from kvbm_service.core.effects import Announce, AskOwner, AskRegistry, TellRanks
-from tests.core.builders import Rig, chain, leased, located
+from kvbm_service.core.effects import Announce, AskOwner, AskRegistry
+from tests.core.builders import Rig, chain, leased, located, told_to_fetch
 
 BLOCK_BYTES = 64
 """Of one rank."""
@@ -67,7 +67,7 @@ def test_a_fetch_for_another_node_is_told_of_once() -> None:
     rig = Rig(disk=8)
     rig.on_disk("ab")
     rig.leader.acquire(pack(chain("ab")), "a-token-of-sixteen", 0.0)
-    rig.all_moved(rig.effect(TellRanks).fetch.op, failed=(1,))
+    rig.all_moved(told_to_fetch(rig).op, failed=(1,))
     assert accounts(rig) == [transferred(Path.DISK_TO_HOST, 1, 1, "broken")]
 
 
@@ -228,7 +228,7 @@ def test_a_lease_that_is_refused_late_is_told_of_once(too_slow: bool) -> None:
     rig.on_disk("ab")
     accounts(rig)
     rig.leader.acquire(pack(chain("abc")), "a-token-of-sixteen", 0.0)
-    fetch = rig.effect(TellRanks).fetch
+    fetch = told_to_fetch(rig)
     if too_slow:
         rig.leader.tick(now=100.0)
     rig.all_moved(fetch.op, failed=(0, 1))

@@ -12,7 +12,16 @@ from kvbm_service.core import lending as lending_module
 from kvbm_service.core.accounts import Path, Transferred
 from kvbm_service.core.columns import unpack_u32, unpack_u64
 from kvbm_service.core.effects import Answer, AskOwner, AskRegistry, GiveBack, Publish, TellRanks
-from tests.core.builders import INSTANCE, LEASE_SECONDS, LOOKUP_SECONDS, Rig, chain, leased, located
+from tests.core.builders import (
+    INSTANCE,
+    LEASE_SECONDS,
+    LOOKUP_SECONDS,
+    Rig,
+    chain,
+    leased,
+    located,
+    told_to_fetch,
+)
 
 STAGING_SECONDS = 0.2
 IN_TIME = STAGING_SECONDS / 4
@@ -30,7 +39,7 @@ def ask(rig: Rig, names: str, token: str = TOKEN, now: float = 0.0) -> LeaseAnsw
 def staging(rig: Rig, names: str, token: str = TOKEN) -> Fetch:
     """Another node asks for a lease on what is on disk, and has to wait for this."""
     assert ask(rig, names, token) is None
-    return rig.effect(TellRanks).fetch
+    return told_to_fetch(rig)
 
 
 def lent(answer: LeaseAnswer | None) -> int:
@@ -218,7 +227,7 @@ def test_two_who_ask_for_the_same_blocks_both_get_them_though_they_come_up_once(
     assert ask(rig, "ab", "second-token-of-16") is None
     assert rig.effects(TellRanks) == []
     assert ask(rig, "abc", "third-token-of-16") is None
-    rest = rig.effect(TellRanks).fetch
+    rest = told_to_fetch(rig)
     assert unpack(rest.hashes) == chain("c")
 
     rig.all_moved(fetch.op)
@@ -361,5 +370,3 @@ def test_the_engine_is_kept_waiting_for_a_disk_only_once() -> None:
                     "r", question.attempt, "b", question.start, leased("b", 1), now, now
                 )
                 computed = min(computed + 2, 14)
-
-

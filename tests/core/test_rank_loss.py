@@ -192,9 +192,9 @@ def test_a_fetch_that_was_not_heard_is_not_repeated_after_the_loss() -> None:
     rig.leader.acquire(pack(chain("ab")), TOKEN, now=0.0)
     order = rig.effect(TellRanks)
     rest(rig, replace(rig, 1))
-    rig.leader.unheard(order.fetch)
+    rig.leader.unheard(order.order)
     assert not rig.step().fetches
-    assert order.fetch.instance == INSTANCE
+    assert order.order.instance == INSTANCE
 
 
 # -- until all are at rest ---------------------------------------------------------------------

@@ -16,6 +16,7 @@ from kvbm_schemas import step
 from kvbm_schemas.block import BlockHash
 from kvbm_service.core.columns import unpack_u32
 from kvbm_service.core.crew import State
+from kvbm_service.core.reads import Origin
 from tests.simulation.device_pool import DevicePool
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class Request:
     """Whether the load under way is of no use any more."""
     failed: set[int] = field(default_factory=set)
     decode_steps: int = 0
+    origin: Origin | None = None
+    """Who hands its blocks over."""
+    prefill_only: bool = False
+    """Whether it ends when its prompt is computed, and another engine goes on."""
 
 
 class Engine:
@@ -71,7 +76,9 @@ class Engine:
     def submit(self, request: Request) -> None:
         """A user asks."""
         self.requests[request.name] = request
-        self._node.leader.arrive(request.name, request.chain, self._world.timeline.now)
+        self._node.leader.arrive(
+            request.name, request.chain, self._world.timeline.now, request.origin
+        )
         self._node.pump()
         self.wake()
 
@@ -102,14 +109,13 @@ class Engine:
             self._repeat_failed_step(rank)  # which is not meant
         self.wake()
 
-    def _fail_step(
-        self, work: list[tuple[Request, int, int]], commands: step.StepCommands
-    ) -> None:
+    def _fail_step(self, work: list[tuple[Request, int, int]], commands: step.StepCommands) -> None:
         """Those that are left may, or may not, have got as far as to their saves."""
         self._failed_step = commands
+        there = [item for item in work if item[0].blocks]  # others were preempted meanwhile
         for rank in self._node.ranks:
             if rank.process.alive and self._world.chance.random() < 0.5:
-                self._write(rank, work)
+                self._write(rank, there)
                 rank.end_step(commands)
 
     def _repeat_failed_step(self, rank: Rank) -> None:
@@ -143,6 +149,8 @@ class Engine:
         for request in list(self.requests.values()):
             if request.stage is Stage.RUNNING and request.computed == len(request.chain):
                 if request.decode_steps == 0:
+                    if request.prefill_only:
+                        self._hand_over(request)
                     self._end(request)
                 request.decode_steps -= 1
         self._admit()
@@ -212,6 +220,19 @@ class Engine:
             request.aborted = True  # its blocks are still being written
         else:
             self._forget(request)
+
+    def _hand_over(self, request: Request) -> None:
+        """Keep the blocks for the engine that goes on."""
+        token = self._world.new_token(self._node.name)
+        on_device = request.blocks if self._world.chance.random() < 0.7 else []
+        held = self._node.leader.hand_over(
+            token, request.chain, on_device, self._world.timeline.now
+        )
+        if held is not None:
+            self.pool.hold(held)
+            origin = Origin(self._node.name, token, len(request.chain))
+            self._world.handed_over(request, origin)
+            self._node.pump()
 
     def _forget(self, request: Request) -> None:
         self.pool.release(request.blocks)
@@ -307,7 +328,7 @@ class Engine:
     def _write(self, rank: Rank, work: list[tuple[Request, int, int]]) -> None:
         for request, start, end in work:
             for index in range(start, end):
-                rank.device[request.blocks[index]] = request.chain[index]
+                rank.write_device(request.blocks[index], request.chain[index])
 
     def _after(self, delay: float, action: object) -> None:
         self._world.timeline.after(delay, self._node.process, action)  # type: ignore[arg-type]

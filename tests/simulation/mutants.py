@@ -86,8 +86,8 @@ def _read_without_looking_at_headers(patch: Patch) -> None:
 def _lease_without_pinning(patch: Patch) -> None:
     right = leader.Leader.acquire
 
-    def acquire(self: leader.Leader, hashes: bytes, token: str, now: float) -> Any:
-        answer = right(self, hashes, token, now)
+    def acquire(self: leader.Leader, hashes: bytes, token: str, *how: Any) -> Any:
+        answer = right(self, hashes, token, *how)
         if isinstance(answer, Leased):
             self.tiers.host.unpin(list(unpack_u32(answer.slots)))
         return answer

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvbm_schemas import step
-from kvbm_schemas.block import pack
+from kvbm_schemas.block import Tier, pack
 from kvbm_schemas.message import Message
 from kvbm_schemas.records import NodeRecord
 from kvbm_schemas.requests import (
@@ -21,6 +21,7 @@ from kvbm_schemas.requests import (
     Lookup,
     Refused,
     Release,
+    Renew,
     Resync,
     SnapshotChunk,
 )
@@ -33,6 +34,7 @@ from kvbm_service.core.effects import (
     AskRegistry,
     Effect,
     GiveBack,
+    KeepUp,
     Publish,
     TellRanks,
 )
@@ -83,7 +85,7 @@ class Node:
         self.nothing_is_left = earlier is not None and earlier.was_reset
         self.former: list[Rank] = []
         """Ranks that were stopped when another took their place."""
-        self.borrowed: dict[str, tuple[str, set[int]]] = {}
+        self.borrowed: dict[str, tuple[str, Tier, set[int]]] = {}
         """Leases on other nodes' slots that were not given back."""
         self._watcher = Watcher(world.directory, world.timeline, self._peer_changed)
         self._tokens = 0
@@ -177,9 +179,12 @@ class Node:
             case Announce(loaded):
                 self.world.count_loaded(self.name, loaded)
             case GiveBack(node, lease):
-                self.borrowed.pop(lease)
+                if lease not in self.world.tokens:
+                    self.borrowed.pop(lease)
                 self.world.oracles.reads_are_leased(self)
                 network.send(self, node, Release(lease=lease))
+            case KeepUp(node, lease):
+                network.send(self, node, Renew(lease=lease))
             case AskRegistry(request, attempt, hashes):
                 self._ask_registry(request, attempt, Lookup(hashes=hashes, asker=self.name))
             case AskOwner():
@@ -209,7 +214,8 @@ class Node:
         def answered(answer: Message | None) -> None:
             known = answer if isinstance(answer, Leased | Refused) else None
             if isinstance(answer, Leased):
-                self.borrowed[answer.lease] = question.node, set(unpack_u32(answer.slots))
+                slots = set(unpack_u32(answer.slots))
+                self.borrowed[answer.lease] = question.node, answer.tier, slots
             self.leader.answered(
                 question.request, question.attempt, question.node, question.start,
                 known, asked_at, self._now,
@@ -217,40 +223,43 @@ class Node:
             self.pump()
 
         patience = question.seconds + 3 * LOOKUP_SECONDS
-        acquire = Acquire(hashes=question.hashes)
+        acquire = Acquire(hashes=question.hashes, handed_over=question.handed_over)
         self.world.network.ask(self, question.node, acquire, patience, answered)
 
     def _tell_ranks(self, order: TellRanks) -> None:
         heard: list[bool] = []
-        self.world.oracles.fetch_is_right(self, order.fetch)
+        if isinstance(order.order, step.Fetch):
+            self.world.oracles.fetch_is_right(self, order.order)
 
         def answered(rank: Rank, answer: Message | None) -> None:
-            heard.append(isinstance(answer, Moved) and answer.op == order.fetch.op)
+            heard.append(isinstance(answer, Moved) and answer.op == order.order.op)
             if isinstance(answer, Moved):
                 self.world.oracles.moved(self, answer)
                 self.leader.moved(answer, rank.number, self._now)
             if len(heard) == len(self.ranks) and not all(heard):
                 self.world.unheard += 1
-                self.leader.unheard(order.fetch)
+                self.leader.unheard(order.order)
             self.pump()
 
         for rank in self.ranks:
             self.world.network.ask(
-                self, rank.name, order.fetch, order.seconds, partial(answered, rank)
+                self, rank.name, order.order, order.seconds, partial(answered, rank)
             )
 
     def receive(self, sender: str, message: Message, answer: Reply) -> None:
         """Something came over the bus."""
         match message:
-            case Acquire(hashes=hashes):
+            case Acquire(hashes=hashes, handed_over=handed_over):
                 self._tokens += 1
                 token = f"{self.name}-{self.journal.epoch}-{self._tokens:016}"
                 self._asking[token] = hashes, answer
-                granted = self.leader.acquire(hashes, token, self._now)
+                granted = self.leader.acquire(hashes, token, self._now, handed_over)
                 if granted is not None:
                     self._grant(token, granted)
             case Release(lease=lease):
                 self.leader.release(lease)
+            case Renew(lease=lease):
+                self.leader.renew(lease, self._now)
             case Resync():
                 self._askers.append(answer)
                 if len(self._askers) == 1:
@@ -303,9 +312,7 @@ class Node:
         chance = self.world.chance.random() < self.world.weather.clock_jumps
         epoch = directory.next_epoch(clock_went_back=chance and self.journal.epoch == 0)
         self.journal.begin(epoch, empty=self.leader.tiers.empty)
-        record = NodeRecord(
-            node=self.name, epoch=epoch, world_size=len(self.ranks), block_bytes=1
-        )
+        record = NodeRecord(node=self.name, epoch=epoch, world_size=len(self.ranks), block_bytes=1)
         self._member = directory.join(record, tuple(rank.record() for rank in self.ranks))
 
     def _tick(self) -> None:

@@ -182,7 +182,9 @@ class Oracles:
 
     def reads_are_leased(self, node: Node) -> None:
         """Each read of another node's slots has a lease that was not given back."""
-        leased = Counter((owner, slot) for owner, slots in node.borrowed.values() for slot in slots)
+        leased = Counter(
+            (owner, tier, slot) for owner, tier, slots in node.borrowed.values() for slot in slots
+        )
         for rank in node.ranks:
             if rank.given_up:
                 continue  # nobody believes what it reads
@@ -194,9 +196,17 @@ class Oracles:
         if isinstance(answer, Leased):
             self.nothing_is_promised(node, 1)
             slots, fills = unpack_u32(answer.slots), unpack_u64(answer.fills)
+            self._world.told[f"leases in {answer.tier}"] += 1
             for name, slot, fill in zip(unpack(hashes), slots, fills, strict=False):
-                right = self._is_there(node, Tier.HOST, slot, Label(name, fill))
+                right = self._is_lent(node, answer.tier, slot, Label(name, fill))
                 self._world.check(right, f"{node.name} lends a block that is not there")
+
+    def _is_lent(self, node: Node, tier: Tier, slot: int, label: Label) -> bool:
+        if tier is not Tier.DEVICE:
+            return self._is_there(node, tier, slot, label)
+        return all(
+            rank.lent.get(slot) == label and rank.device[slot] == label.name for rank in node.ranks
+        )
 
     def adopted_is_there(self, node: Node) -> None:
         """What was taken over from an earlier life is there, and nothing that was to be gone."""
@@ -289,6 +299,9 @@ class Oracles:
             check(pool.pinned == 0, f"{node.name} still pins slots in {tier}")
             check(pool.used == len(pool), f"{node.name} lost slots in {tier}")
         check(len(leader.lending.leases) == 0, f"{node.name} still leases")
+        check(len(leader.hand_overs) == 0, f"{node.name} still keeps what it handed over")
+        lent = any(rank.lent for rank in node.ranks)
+        check(not lent, f"{node.name} still lends device blocks")
         check(not leader.lending._staged and not node._asking, f"{node.name} owes an answer")
         check(leader.prefetch._brought == 0, f"{node.name} lost some of what it may prefetch")
         check(not leader.prefetch._asked, f"{node.name} still waits for leases to prefetch")

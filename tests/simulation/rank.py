@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvbm_schemas import step
 from kvbm_schemas.block import BlockHash, Tier, unpack
 from kvbm_schemas.message import Message
-from kvbm_schemas.records import RankRecord, SlabRecord
+from kvbm_schemas.records import DeviceRecord, RankRecord, SlabRecord
 from kvbm_service.core.columns import pack_u32, unpack_u32, unpack_u64
 from kvbm_service.fetched import Fetched
 from kvbm_service.meant import Meant
@@ -48,7 +48,9 @@ class Rank:
         self.told_disk_lost = False
         self.given_up = False
         """Whether it is stopped, and another will take its place."""
-        self.pulling: Counter[tuple[str, int]] = Counter()
+        self.lent: dict[int, Label] = {}
+        """Device blocks that others may read, and what their headers say."""
+        self.pulling: Counter[tuple[str, Tier, int]] = Counter()
         """Other nodes' slots that are being read."""
         self._first_fill = 1 + max(slots.last_fill for slots in tiers.values())
         """Whoever stamps with less could be mistaken for an earlier life."""
@@ -84,6 +86,7 @@ class Rank:
             slab=slab,
             instance=self.instance,
             disk_slots=len(disk.contents) if disk else 0,
+            device=DeviceRecord(headers=0, blocks=len(self.device), device=None, regions=()),
         )
 
     # -- commands and results --------------------------------------------------------------
@@ -106,9 +109,16 @@ class Rank:
             self._play(self.fetch_remote(remote), remote.op)
         for load in commands.loads:
             self._play(self.load(load), load.op)
+        self._begin_lending(commands)
         if commands.fence:
             self._meant.fence = self._fence = commands.fence
             self._maybe_rest()
+
+    def _begin_lending(self, commands: step.StepCommands) -> None:
+        for lend in commands.lends:
+            self.lend(lend, self._tell_leader)
+        for unlend in commands.unlends:
+            self._play(self.unlend(unlend), unlend.op)
 
     def end_step(self, commands: step.StepCommands) -> None:
         """The forward pass is over: start saving."""
@@ -117,10 +127,14 @@ class Rank:
 
     def receive(self, sender: str, message: Message, answer: Answer) -> None:
         """The own leader wants something at once."""
-        if not isinstance(message, step.Fetch) or message.op <= self._meant.fence:
+        if not isinstance(message, step.Fetch | step.Lend) or message.op <= self._meant.fence:
             return
-        if message.instance == self.instance:
+        if message.instance != self.instance:
+            return
+        if isinstance(message, step.Fetch):
             self.fetch(message, answer)
+        else:
+            self.lend(message, answer)
 
     def take_results(self) -> step.StepResults | None:
         """What was finished since the last call, if anything."""
@@ -221,6 +235,37 @@ class Rank:
     def _tell_leader(self, moved: step.Moved) -> None:
         self._moved.append(moved)
 
+    # -- lending device blocks ---------------------------------------------------------------
+
+    def lend(self, command: step.Lend, tell: Tell) -> None:
+        """Others may read device blocks; once, however often it is told."""
+        if self._fetched.begin(command.op, tell, len(command.blocks) // 4):
+            self._play(self._lend(command), command.op)
+
+    def _lend(self, command: step.Lend) -> Iterator[float]:
+        works = not self.world.copy_fails()
+        blocks = unpack_u32(command.blocks)
+        for name, block in zip(unpack(command.hashes), blocks, strict=True):
+            yield self._pause(Tier.HOST)
+            right = self.device[block] == name
+            self.world.check(right, f"{self.name} lends other bytes than were computed")
+            if works:
+                self.lent[block] = Label(name, command.op)
+        failed = b"" if works else pack_u32(range(len(blocks)))
+        self._fetched.end(step.Moved(op=command.op, failed=failed))
+
+    def unlend(self, command: step.Unlend) -> Iterator[float]:
+        """Nobody may believe any more what is in these device blocks."""
+        for block in unpack_u32(command.blocks):
+            yield self._pause(Tier.HOST)
+            self.lent.pop(block, None)
+        self._tell_leader(step.Moved(op=command.op))
+
+    def write_device(self, block: int, content: bytes) -> None:
+        """The engine or a load fills a device block."""
+        self.world.check(block not in self.lent, f"{self.name} overwrites a block that it lends")
+        self.device[block] = content
+
     # -- into the device -------------------------------------------------------------------
 
     def load(self, command: step.Load) -> Iterator[float]:
@@ -233,9 +278,7 @@ class Rank:
         for read in command.remote:
             yield from self._pull(read, failed)
         self._loaded.append(
-            step.LoadResult(
-                op=command.op, request=command.request, failed_blocks=pack_u32(failed)
-            )
+            step.LoadResult(op=command.op, request=command.request, failed_blocks=pack_u32(failed))
         )
 
     def _copy_own(self, tier: Tier, read: step.LocalRead, failed: list[int]) -> Iterator[float]:
@@ -243,9 +286,9 @@ class Rank:
         expected = labels(unpack(read.hashes), unpack_u64(read.fills))
         self._begin_reading(tier, slots)
         for slot, block in zip(slots, blocks, strict=True):
-            self.device[block] = TORN
+            self.write_device(block, TORN)
             yield self._pause(tier)
-            self.device[block] = self.tiers[tier].contents[slot]
+            self.write_device(block, self.tiers[tier].contents[slot])
         self._end_reading(tier, slots)
         good = self._proven(tier, slots, expected, self.world.copy_fails())
         failed.extend(block for block, right in zip(blocks, good, strict=True) if not right)
@@ -253,9 +296,9 @@ class Rank:
     def _pull(self, read: step.RemoteRead, failed: list[int]) -> Iterator[float]:
         pull, blocks = _Pull(self, read), unpack_u32(read.blocks)
         for position, block in enumerate(blocks):
-            self.device[block] = TORN
+            self.write_device(block, TORN)
             yield self._pause(Tier.HOST)
-            self.device[block] = pull.read(position)
+            self.write_device(block, pull.read(position))
         yield self._pause(Tier.HOST)
         good = pull.proven()
         failed.extend(block for block, right in zip(blocks, good, strict=True) if not right)
@@ -268,6 +311,8 @@ class Rank:
 
     def proven(self, owner: Rank, tier: Tier, slot: int, label: Label) -> bool:
         """Whether a slot, own or another's, still holds what was to be read."""
+        if tier is Tier.DEVICE:
+            return owner.lent.get(slot) == label
         return owner.tiers[tier].holds(slot, label)
 
     def take_labels(self, tier: Tier, slots: Sequence[int]) -> None:
@@ -342,23 +387,28 @@ class _Pull:
         self._expected = labels(unpack(read.hashes), unpack_u64(read.fills))
         self._ends = rank.world.timeline.now + read.seconds
         self._works = rank.knows(self._agent) and not rank.world.copy_fails()
-
-        rank.pulling.update((read.node, slot) for slot in self._slots)
+        self._tier = read.tier if isinstance(read, step.RemoteRead) else Tier.HOST
         self._node = read.node
+        self._places = [(read.node, self._tier, slot) for slot in self._slots]
+        rank.pulling.update(self._places)
+        rank.world.told[f"reads of {self._tier}"] += 1
         rank.world.oracles.reads_are_leased(rank.world.nodes[rank.node])
 
     def read(self, position: int) -> bytes:
         self._works = self._works and self._owner.process.alive
         if not self._works:
             return TORN
-        return self._owner.tiers[Tier.HOST].contents[self._slots[position]]
+        slot = self._slots[position]
+        if self._tier is Tier.DEVICE:
+            return self._owner.device[slot]
+        return self._owner.tiers[self._tier].contents[slot]
 
     def proven(self) -> list[bool]:
         """The read has ended: what of it can be believed."""
-        self._rank.pulling.subtract((self._node, slot) for slot in self._slots)
+        self._rank.pulling.subtract(self._places)
         works = self._works and self._owner.process.alive
         works = works and self._rank.world.timeline.now <= self._ends
         return [
-            works and self._rank.proven(self._owner, Tier.HOST, slot, label)
+            works and self._rank.proven(self._owner, self._tier, slot, label)
             for slot, label in zip(self._slots, self._expected, strict=True)
         ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tests.simulation.hand_over_mutants import HAND_OVER_MUTANTS
 from tests.simulation.mutants import MUTANTS, Mutant
 from tests.simulation.oracles import Broken
 from tests.simulation.rank_mutants import RANK_MUTANTS
 from tests.simulation.tier_mutants import TIER_MUTANTS
 from tests.simulation.world import World
 
-ALL = [*MUTANTS, *TIER_MUTANTS, *RANK_MUTANTS]
+ALL = [*MUTANTS, *TIER_MUTANTS, *RANK_MUTANTS, *HAND_OVER_MUTANTS]
 
 SEEDS = 200
 """A bug has to show within this many worlds."""

@@ -65,5 +65,8 @@ def test_the_worlds_are_eventful() -> None:
         "fetches", "fetches by bus", "adopted in G2", "adopted in G3",
     ):  # fmt: skip
         assert happened[rare] > 20, rare
-    for rarest in ("remote fetches", "unheard", "lost disks", "salvages", "salvaged blocks"):
+    for rarest in (
+        "remote fetches", "unheard", "lost disks", "salvages", "salvaged blocks", "leases in G1",
+        "reads of G1",
+    ):  # fmt: skip
         assert happened[rarest] > 3, rarest

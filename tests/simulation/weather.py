@@ -25,6 +25,10 @@ class Weather:
     device_blocks: int = 10
     running: int = 3
     """Requests that an engine has at a time; others wait."""
+    hand_overs: float = 0.0
+    """Share of the requests whose prompt one engine computes for another."""
+    lent_blocks: int = 0
+    """Device blocks that an engine may lend."""
     requests: int = 12
     longest_delay: float = 0.001
     """Of a message. Unequal delays put messages out of order."""
@@ -113,4 +117,6 @@ def any_weather(chance: random.Random) -> Weather:
         rank_losses=sometimes(2.0),
         unseen_ranks=sometimes(1.0),
         clock_jumps=sometimes(0.5),
+        hand_overs=sometimes(0.7),
+        lent_blocks=chance.choice((0, 4, 8)),
     )

@@ -18,6 +18,7 @@ from kvbm_schemas.records import RankRecord
 from kvbm_service.core.journal import Journal
 from kvbm_service.core.leader import Leader
 from kvbm_service.core.limits import Limits
+from kvbm_service.core.reads import Origin
 from kvbm_service.core.registry import Registry
 from kvbm_service.core.spills import SpillLimits
 from tests.simulation.directory import Directory
@@ -38,6 +39,8 @@ QUIET_SECONDS = 4.5
 FAULT_SECONDS = 0.1
 """How often a fault may begin."""
 LONGEST_STOP = 1.0
+FORGOTTEN = 0.1
+"""Of what is handed over."""
 NEVER_BACK = 0.2
 """Of the nodes that crash."""
 LONGEST_CHAIN = 6
@@ -69,6 +72,7 @@ class World:
             min_frequency=2 if self.weather.filtered else 0,
             filter_entries=1_000,
             prefetch_share=self.weather.prefetch_share,
+            lent_blocks=self.weather.lent_blocks,
         )
         self.timeline = Timeline()
         self.network = Network(self.timeline, self.chance, self.weather)
@@ -80,6 +84,8 @@ class World:
         self.registries: dict[str, RegistryHost] = {}
         self.registry_names = [f"registry{number}" for number in range(self.weather.registries)]
         self.expired_leases = 0
+        self.tokens: set[str] = set()
+        """Of blocks that were handed over."""
         self.restarts = 0
         self.blocks: Counter[str] = Counter()
         """Blocks that were loaded, by how it went: own, disk, remote, failed."""
@@ -154,7 +160,8 @@ class World:
     @property
     def longest_wait(self) -> float:
         """How long an engine may be told to ask again."""
-        staging = self.limits.staging_seconds if self.weather.disk_slots else 0.0
+        waits = self.weather.disk_slots or self.weather.hand_overs
+        staging = self.limits.staging_seconds if waits else 0.0
         return 2 * self.limits.lookup_seconds + staging
 
     def make_registry(self) -> Registry:
@@ -170,6 +177,30 @@ class World:
         agent = f"{name}/{len(self.agents)}"
         self.agents[agent] = rank
         return agent
+
+    def new_token(self, node: str) -> str:
+        """A name for a lease granted ahead."""
+        token = f"{node}-ahead-{len(self.tokens):016}"
+        self.tokens.add(token)
+        return token
+
+    def handed_over(self, request: Request, origin: Origin) -> None:
+        """Somebody routes a request from a prefill engine to a decode engine, or forgets it."""
+        self.told["hand-overs"] += 1
+        if self.chance.random() < FORGOTTEN:
+            return
+        node = self.nodes[self.chance.choice(self._names)]
+        chain = list(request.chain)
+        if self.chance.random() < 0.3:
+            chain.append(block_name(*chain[-1], 0))
+            self.all_blocks += [block for block in chain if block not in self.all_blocks]
+        decode = Request(f"{request.name}'", chain, origin=origin)
+
+        def submit() -> None:
+            if node.process.alive and node.ready and self.nodes[node.name] is node:
+                node.engine.submit(decode)
+
+        self.timeline.after(self.chance.random() * 0.05, self._nature, submit)
 
     def copy_fails(self) -> bool:
         """Whether bad luck strikes a copy."""
@@ -199,7 +230,10 @@ class World:
         self.all_blocks += [block for block in chain if block not in self.all_blocks]
         node = self.nodes[chance.choice(self._names)]
         if node.process.alive and node.ready:
-            node.engine.submit(Request(f"r{number}", chain))
+            request = Request(f"r{number}", chain)
+            if self.weather.hand_overs:
+                request.prefill_only = chance.random() < self.weather.hand_overs
+            node.engine.submit(request)
 
     def _maybe_fault(self) -> None:
         weather = self.weather
