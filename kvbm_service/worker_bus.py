@@ -1,4 +1,4 @@
-"""What a worker does on the bus: its record in the directory, and fetches for other nodes' sake."""
+"""What a worker does on the bus: its record in the directory, and what is done for others' sake."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from kvbm_schemas.codec import Decoder, Malformed, encode
 from kvbm_schemas.records import RankRecord
-from kvbm_schemas.step import Fetch, Moved
+from kvbm_schemas.step import Fetch, Lend, Moved
 from kvbm_schemas.subjects import Scope, rank_what
 from kvbm_service.adapters.bus import Bus, Delivery
 from kvbm_service.errors import BusError
@@ -19,33 +19,33 @@ from kvbm_service.presence import join, stop_if_cancelled
 _log = logging.getLogger(__name__)
 
 MAX_UNANSWERED = 256
-"""Fetches whose outcome is still to be told. Beyond, nothing is said, and the leader asks again."""
+"""Orders whose outcome is still to be told. Beyond, nothing is said, and the leader asks again."""
 
-FetchNow = Callable[[Fetch, Callable[[Moved], None]], None]
+CarryOut = Callable[[Fetch | Lend, Callable[[Moved], None]], None]
 
 
 class WorkerBus:
     """One rank's presence among the others, on a loop of its own."""
 
     def __init__(
-        self, record: RankRecord, scope: Scope, connect: Connect, fetch_now: FetchNow
+        self, record: RankRecord, scope: Scope, connect: Connect, carry_out: CarryOut
     ) -> None:
         self._record = record
         self._scope = scope
         self._connect = connect
-        self._fetch_now = fetch_now
+        self._carry_out = carry_out
         self._answers: asyncio.Queue[tuple[str, Moved]] = asyncio.Queue(MAX_UNANSWERED)
         self._unanswered = 0
-        """Fetches that were told by the bus, and of which the bus has not been told yet."""
+        """Orders that were told by the bus, and of which the bus has not been told yet."""
         self.rejected = 0
-        """Messages that were no fetch."""
+        """Messages that were no order."""
 
     async def run(self) -> None:
         """Keep the rank in the directory, whenever that can be reached; until cancelled."""
         network = await self._connect()
         try:
             subject = self._scope.of(self._record.node, rank_what(self._record.rank))
-            await network.bus.subscribe(subject, self._on_fetch)
+            await network.bus.subscribe(subject, self._on_order)
             key = ".".join([*self._scope, self._record.node, str(self._record.rank)])
             membership, _ = await join(network, key, lambda _: encode(self._record))
             try:
@@ -56,15 +56,15 @@ class WorkerBus:
         finally:
             await network.close()
 
-    async def _on_fetch(self, delivery: Delivery) -> None:
+    async def _on_order(self, delivery: Delivery) -> None:
         try:
-            fetch = _fetches.decode(delivery.payload)
+            order = _orders.decode(delivery.payload)
         except Malformed as error:
             if not self.rejected:
                 _log.warning("rejected a message on %s: %s (said once)", delivery.subject, error)
             self.rejected += 1
             return
-        if fetch.instance != self._record.instance or not delivery.reply:
+        if order.instance != self._record.instance or not delivery.reply:
             return  # of another life of this node, or of another engine that claims its name
         if self._unanswered >= MAX_UNANSWERED:
             return
@@ -75,7 +75,7 @@ class WorkerBus:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._put, delivery.reply, moved)
 
-        self._fetch_now(fetch, tell)
+        self._carry_out(order, tell)
 
     def _put(self, reply: str, moved: Moved) -> None:
         self._unanswered -= 1
@@ -89,4 +89,4 @@ class WorkerBus:
                 await bus.publish(reply, encode(moved))
 
 
-_fetches = Decoder(Fetch)
+_orders: Decoder[Fetch | Lend] = Decoder(Fetch | Lend)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """The worker at work: one rank's copies, reads and writes, off the engine's threads.
 
-Four lanes, each a thread: copies between the device and the host tier, reads from other nodes,
+Five lanes, each a thread: copies between the device and the host tier, lending, reads from others,
 reads from the disk, writes to it. A peer that hangs or a slow disk thereby delays nobody's local
 hit. Within a lane, loads go first: a request waits for a load, nobody waits for the rest.
 A disk that does not answer at all is given up, and its lanes with it (disk_watch.py).
@@ -52,11 +52,11 @@ from kvbm_service.adapters.mover import (
 )
 from kvbm_service.disk_watch import DiskWatch
 from kvbm_service.errors import TransferError
-from kvbm_service.fetched import Fetched
 from kvbm_service.lanes import Job, Lane, Tell
 from kvbm_service.loop_thread import LoopThread
 from kvbm_service.meant import Meant
 from kvbm_service.network import Connect
+from kvbm_service.once import Once
 from kvbm_service.worker_bus import WorkerBus
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class WorkerService:
         self._loads: list[LoadResult] = []
         self._disk_lost = ""
         self._said_disk_lost = False
-        self._fetched = Fetched()
+        self._once = Once()
         self._unmet: dict[str, RankRecord] = {}
         """Ranks of other nodes that nothing was read from yet, by agent. One that cannot be
         reached takes seconds to meet, so loads go before; a load meets only whom it needs.
@@ -128,13 +128,14 @@ class WorkerService:
         self._lanes_to_rest = 0
         """Lanes that may still be at something older than the last fence."""
         self._copies = Lane("kvbm-copies")
+        self._lending = Lane("kvbm-lending")
         self._reads = Lane("kvbm-reads", idle=mover.progress)
         self._disk_reads = Lane("kvbm-disk-reads") if disk is not None else None
         self._disk_writes = Lane("kvbm-disk-writes") if disk is not None else None
         self._watch = DiskWatch(disk, self._abandon_disk) if disk is not None else None
         self._presence: LoopThread | None = None
         if scope is not None and connect is not None:
-            bus = WorkerBus(record, scope, connect, self.fetch_now)
+            bus = WorkerBus(record, scope, connect, self.carry_out_now)
             self._presence = LoopThread("kvbm-worker", bus.run)
             self._presence.start()
 
@@ -178,7 +179,7 @@ class WorkerService:
             self._presence.stop()
         if self._watch is not None:
             self._watch.close()
-        lanes = (self._reads, self._copies, self._disk_reads, self._disk_writes)
+        lanes = (self._reads, self._copies, self._lending, self._disk_reads, self._disk_writes)
         ended = [lane.close() for lane in lanes if lane is not None]
         if not all(ended):
             _log.error("the disk still does not answer: memory and files are left to the kernel")
@@ -192,7 +193,7 @@ class WorkerService:
 
     def _fence_off(self, op: int) -> None:
         """Begin nothing up to `op` any more, and tell when nothing of it is under way."""
-        lanes = (self._copies, self._reads, self._disk_reads, self._disk_writes)
+        lanes = (self._copies, self._reads, self._lending, self._disk_reads, self._disk_writes)
         used = [lane for lane in lanes if lane is not None]
         with self._fencing, self._lock:
             if op == self._meant.fence and self._lanes_to_rest:
@@ -207,22 +208,24 @@ class WorkerService:
                 if not self._lanes_to_rest:
                     self._moved.append(Moved(op=op))
 
-        self._copies.add(Job(partial(self._mover.unlend_all, op), _warn, urgent=False))
+        self._lending.add(Job(partial(self._mover.unlend_all, op), _warn))
         for lane in used:
             lane.add(Job(passed, passed, urgent=False))
 
     # -- device blocks that other nodes may read --------------------------------------------
-    # A few words are written for each, and another node's request waits: they go with the loads.
+    # A few words are written for each, and another node's request waits: they have a lane.
 
-    def _begin_lend(self, lend: Lend, fence: Fence) -> None:
+    def _lend(self, lend: Lend, tell: Callable[[Moved], None]) -> None:
+        """The request whose blocks these are has ended: the forward pass has written them."""
         blocks = _columns(lend.hashes, None, lend.blocks, lend.blocks, lend.op)
+        if not self._once.begin(lend.op, tell, len(blocks.device)):
+            return
 
         def run() -> Mask:
-            fence()
             self._mover.lend(blocks)
             return np.ones(len(blocks.device), np.bool_)
 
-        self._move(self._copies, lend.op, len(blocks.device), run, self._tell_leader, urgent=True)
+        self._move(self._lending, lend.op, len(blocks.device), run, self._once.end)
 
     def _begin_unlend(self, unlend: Unlend) -> None:
         """Behind every lend before it. The forward pass need not be waited for."""
@@ -232,19 +235,22 @@ class WorkerService:
             self._mover.unlend(device, unlend.op)
             return np.ones(len(device), np.bool_)
 
-        self._move(self._copies, unlend.op, len(device), run, self._tell_leader, urgent=True)
+        self._move(self._lending, unlend.op, len(device), run, self._tell_leader)
 
     # -- moves into slots ------------------------------------------------------------------
 
-    def fetch_now(self, fetch: Fetch, tell: Callable[[Moved], None]) -> None:
-        """Carry out a fetch that came by the bus. Called on the bus's thread.
+    def carry_out_now(self, order: Fetch | Lend, tell: Callable[[Moved], None]) -> None:
+        """Carry out what came by the bus. Called on the bus's thread.
 
-        `tell` is called once it is done, on some thread; not if it is under way already, or
-        too old to be known.
+        `tell` is called once it is done, on some thread; not if it is too old to be known.
         """
         with self._fencing:
-            if fetch.op > self._meant.fence:
-                self._fetch(fetch, tell)
+            if order.op <= self._meant.fence:
+                return
+            if isinstance(order, Fetch):
+                self._fetch(order, tell)
+            else:
+                self._lend(order, tell)
 
     def _begin_save(self, save: Save, fence: Fence) -> None:
         blocks = _columns(save.hashes, None, save.slots, save.blocks, save.op)
@@ -275,10 +281,10 @@ class WorkerService:
     def _fetch(self, fetch: Fetch, tell: Callable[[Moved], None]) -> None:
         """Each op is carried out once, by whatever way and how often it comes."""
         count = len(fetch.host) // 4
-        if self._fetched.begin(fetch.op, tell, count):
+        if self._once.begin(fetch.op, tell, count):
             hop = _hop(fetch.hashes, fetch.fills, fetch.disk, fetch.host, fetch.op)
             run = partial(self._with_disk, lambda disk: disk.fetch(hop))
-            self._move(self._disk_reads, fetch.op, len(hop.source), run, self._fetched.end)
+            self._move(self._disk_reads, fetch.op, len(hop.source), run, self._once.end)
 
     def _begin_remote_fetch(self, fetch: RemoteFetch) -> None:
         hop = _hop(fetch.hashes, fetch.fills, fetch.slots, fetch.host, fetch.op)
@@ -298,8 +304,6 @@ class WorkerService:
         count: int,
         run: Callable[[], Mask],
         tell: Callable[[Moved], None],
-        *,
-        urgent: bool = False,
     ) -> None:
         """Have `run` bring `count` blocks into their slots, or lend them, and tell how it went."""
 
@@ -319,7 +323,7 @@ class WorkerService:
         if lane is None:
             not_done(TransferError(NO_DISK))
         else:
-            lane.add(Job(job, not_done, urgent=urgent))
+            lane.add(Job(job, not_done, urgent=False))
 
     def _tell_leader(self, moved: Moved) -> None:
         with self._lock:
@@ -328,17 +332,17 @@ class WorkerService:
     # -- what is ordered with the forward pass ------------------------------------------------
 
     def _begin_with_device(self, commands: StepCommands) -> None:
+        for lend in commands.lends:
+            self._lend(lend, self._tell_leader)
         for unlend in commands.unlends:
             self._begin_unlend(unlend)
-        if not (commands.loads or commands.saves or commands.lends):
+        if not (commands.loads or commands.saves):
             return
         fence = self._mover.mark()
         for load in commands.loads:
             self._begin_load(load, fence)
         for save in commands.saves:
             self._begin_save(save, fence)
-        for lend in commands.lends:
-            self._begin_lend(lend, fence)
 
     # -- loads into the device -------------------------------------------------------------
 

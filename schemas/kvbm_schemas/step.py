@@ -105,8 +105,8 @@ class RemoteFetch(Message, frozen=True):
 class Lend(Message, frozen=True):
     """Let other nodes read device blocks from now on: their headers say what is in them.
 
-    Answered with a `Moved`. Until every rank has, nobody may be told where the blocks are: a rank
-    reads what the forward pass of this step has written, and never before.
+    The forward pass that fills them is over. Answered with a `Moved`: until every rank has,
+    nobody may be told where the blocks are.
     """
 
     op: Op

@@ -6,10 +6,11 @@
 |------------|-------------------|----------------------|------------------------------------|
 | `events`   | the node's leader | registries, tap      | `Stored` `Removed` `Cleared` `Beat`|
 | `loads`    | the node's leader | tap                  | `Loaded`                           |
-| `lease`    | other leaders     | the node's leader    | `Acquire` → `Leased` or `Refused`  |
+| `lease`    | other leaders     | the node's leader    | `Acquire` → `Leased` or `Refused`, |
+|            |                   |                      | `Renew`                            |
 | `release`  | other leaders     | the node's leader    | `Release`                          |
 | `snapshot` | registries        | the node's leader    | `Resync` → `SnapshotChunk` …       |
-| `rank-0` … | the node's leader | that rank's worker   | `Fetch` → `Moved`                  |
+| `rank-0` … | the node's leader | that rank's worker   | `Fetch` or `Lend` → `Moved`        |
 | `lookup`   | leaders           | registries (queue)   | `Lookup` → `Located`               |
 | `locate`   | `kvbm locate`     | registries (queue)   | `Locate` → `Placements`            |
 

@@ -179,6 +179,8 @@ class Asked:
     loaded: int = 0
     """Tokens that the connector promised to load, when vLLM last accepted that."""
     finished: bool = False
+    handed_over: dict[str, Any] | None = None
+    """What the answer tells the engine that is to go on."""
 
     @property
     def names(self) -> list[BlockHash]:
@@ -241,14 +243,18 @@ class Engine:
         lora: str = "",
         name: str = "",
         sampling: dict[str, Any] | None = None,
+        transfer: dict[str, Any] | None = None,
     ) -> Asked:
-        """Add a request that wants `tokens` tokens."""
+        """Add a request that wants `tokens` tokens; `transfer`: its kv_transfer_params."""
         prompt = list(prompt)
+        sampling = (sampling or {}) | (
+            {"extra_args": {"kv_transfer_params": transfer}} if transfer else {}
+        )
         number = next(_numbers)
         request = Request(
             request_id=name or f"request-{number}",
             prompt_token_ids=prompt,
-            sampling_params=SamplingParams(max_tokens=tokens, ignore_eos=True, **(sampling or {})),
+            sampling_params=SamplingParams(max_tokens=tokens, ignore_eos=True, **sampling),
             pooling_params=None,
             cache_salt=salt,
             lora_request=LoRARequest(lora, 1, "/nowhere") if lora else None,
@@ -388,6 +394,7 @@ class Engine:
                 asked = self._asked[each.request_id]
                 asked.answer += each.new_token_ids
                 asked.finished |= each.finish_reason is not None
+                asked.handed_over = asked.handed_over or each.kv_transfer_params
 
     # -- looking inside --------------------------------------------------------------------------
 

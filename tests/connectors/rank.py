@@ -112,7 +112,7 @@ class Rank:
 
     def lose_fetches(self) -> None:
         """What comes over the bus from now on gets lost on its way to this rank."""
-        self._bus_side._fetch_now = lambda fetch, tell: None
+        self._bus_side._carry_out = lambda order, tell: None
 
     def lose_answers(self) -> None:
         """Fetches that come over the bus are carried out, and the answers get lost."""

@@ -22,7 +22,7 @@ from kvbm_service.errors import LayoutError, NoAnswer
 from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import Network, over_nats
 from kvbm_service.settings import Settings
-from kvbm_service.worker_bus import FetchNow, WorkerBus
+from kvbm_service.worker_bus import CarryOut, WorkerBus
 from tests.patience import until
 
 SCOPE = Scope("default", "0123456789abcdef")
@@ -95,10 +95,10 @@ class Meeting:
         leader.start()
         return leader
 
-    async def rank(self, record: RankRecord, fetch_now: FetchNow) -> None:
+    async def rank(self, record: RankRecord, carry_out: CarryOut) -> None:
         """A rank that listens, and is listed."""
         connect = over_nats(Settings(nats_url=self._url), f"rank {record.rank}")
-        worker = WorkerBus(record, SCOPE, connect, fetch_now)
+        worker = WorkerBus(record, SCOPE, connect, carry_out)
         self._ranks.append(asyncio.create_task(worker.run()))
         key = ".".join([*SCOPE, record.node, str(record.rank)])
         deadline = time.monotonic() + DEADLINE_SECONDS

@@ -38,7 +38,7 @@ def test_a_disk_lost_by_a_fetch_for_another_node_reaches_the_leader_without_othe
         op=op + 1, hashes=named([0]).tobytes(), fills=pack_u64([op]),
         disk=pack_u32([0]), host=pack_u32([5]),
     )  # fmt: skip
-    worker.service.fetch_now(fetch, told.append)
+    worker.service.carry_out_now(fetch, told.append)
     until(lambda: told, "whoever asked is answered")
     results = worker.service.collect()
     assert results is not None

@@ -13,8 +13,8 @@ from kvbm_schemas.step import Fetch, Load, Moved, RemoteRead, StepCommands
 from kvbm_service import worker_service
 from kvbm_service.adapters.memcpy_mover import MemcpyMover
 from kvbm_service.core.columns import pack_u32, pack_u64
-from kvbm_service.fetched import Fetched, Tell
 from kvbm_service.lanes import Job
+from kvbm_service.once import Once, Tell
 from kvbm_service.worker_service import WorkerService
 from tests.contracts.disk_rank import named
 from tests.contracts.mover_rank import Rank, blocks
@@ -93,7 +93,7 @@ def test_a_fetch_that_came_before_a_fence_does_not_begin_behind_it(
     """Its slots are in use for something else once the fence has been answered."""
     at_it, go_on = threading.Event(), threading.Event()
 
-    class Slow(Fetched):
+    class Slow(Once):
         def begin(self, op: int, tell: Tell, blocks: int) -> bool:
             at_it.set()
             go_on.wait(1.0)
@@ -109,7 +109,7 @@ def test_a_fetch_that_came_before_a_fence_does_not_begin_behind_it(
     )  # fmt: skip
     told: list[Moved] = []
     order: list[str] = []
-    bus = threading.Thread(target=worker.service.fetch_now, args=(fetch, told.append))
+    bus = threading.Thread(target=worker.service.carry_out_now, args=(fetch, told.append))
     bus.start()
     assert at_it.wait(10.0)
     worker.service.submit(StepCommands(fence=FENCE))

@@ -15,8 +15,8 @@ from kvbm_schemas.block import BlockHash, Tier, unpack
 from kvbm_schemas.message import Message
 from kvbm_schemas.records import DeviceRecord, RankRecord, SlabRecord
 from kvbm_service.core.columns import pack_u32, unpack_u32, unpack_u64
-from kvbm_service.fetched import Fetched
 from kvbm_service.meant import Meant
+from kvbm_service.once import Once
 from tests.simulation.network import Answer
 from tests.simulation.slots import TORN, Label, Slots, labels
 from tests.simulation.timeline import Process
@@ -60,7 +60,7 @@ class Rank:
         self._known: set[str] = set()
         self._moved: list[step.Moved] = []
         self._loaded: list[step.LoadResult] = []
-        self._fetched = Fetched()
+        self._once = Once()
         self._meant = Meant(self.record())
         self._under_way: set[int] = set()
         """Ops that have been begun and not ended."""
@@ -179,9 +179,9 @@ class Rank:
 
     def fetch(self, command: step.Fetch, tell: Tell) -> None:
         """Disk slots → host slots, once, however often and by whatever way it is told."""
-        if self._fetched.begin(command.op, tell, len(command.host) // 4):
+        if self._once.begin(command.op, tell, len(command.host) // 4):
             script = self._copy(
-                command, Tier.DISK, command.disk, Tier.HOST, command.host, self._fetched.end
+                command, Tier.DISK, command.disk, Tier.HOST, command.host, self._once.end
             )
             self._play(script, command.op)
 
@@ -239,7 +239,7 @@ class Rank:
 
     def lend(self, command: step.Lend, tell: Tell) -> None:
         """Others may read device blocks; once, however often it is told."""
-        if self._fetched.begin(command.op, tell, len(command.blocks) // 4):
+        if self._once.begin(command.op, tell, len(command.blocks) // 4):
             self._play(self._lend(command), command.op)
 
     def _lend(self, command: step.Lend) -> Iterator[float]:
@@ -252,7 +252,7 @@ class Rank:
             if works:
                 self.lent[block] = Label(name, command.op)
         failed = b"" if works else pack_u32(range(len(blocks)))
-        self._fetched.end(step.Moved(op=command.op, failed=failed))
+        self._once.end(step.Moved(op=command.op, failed=failed))
 
     def unlend(self, command: step.Unlend) -> Iterator[float]:
         """Nobody may believe any more what is in these device blocks."""

@@ -27,6 +27,7 @@ from kvbm_schemas.requests import (
     Placements,
     Refused,
     Release,
+    Renew,
     Resync,
     Segment,
     SnapshotChunk,
@@ -106,11 +107,17 @@ EXAMPLES: dict[str, Message] = {
     "locate": Locate(hashes=TWO),
     "placements": Placements(holders=((Holder("a", Tier.HOST), Holder("b", Tier.DEVICE)), ())),
     "acquire": Acquire(hashes=TWO),
+    "acquire, handed over": Acquire(hashes=TWO, handed_over=LEASE),
     "leased": Leased(
         lease=LEASE, seconds=30.0, epoch=9, slots=SLOTS, fills=FILLS, agents=("a/0/x", "a/1/x")
     ),
+    "leased, on the device": Leased(
+        lease=LEASE, seconds=30.0, epoch=9, slots=SLOTS, fills=FILLS, agents=("a/0/x",),
+        tier=Tier.DEVICE,
+    ),
     "refused": Refused(reason="not here"),
     "release": Release(lease=LEASE),
+    "renew": Renew(lease=LEASE),
     "resync": Resync(),
     "snapshotchunk": SnapshotChunk(
         epoch=9, seq=42, index=1, total=3, tier=Tier.HOST, hashes=TWO
@@ -137,6 +144,7 @@ EXAMPLES: dict[str, Message] = {
     "fetch, with the step": replace(FETCH, instance=""),
     "remotefetch": REMOTE_FETCH,
     "lend": LEND,
+    "lend, by the bus": replace(LEND, instance="l1fe"),
     "unlend": UNLEND,
     "localread": LOCAL,
     "remoteread": REMOTE,

@@ -23,7 +23,7 @@ from kvbm_schemas.events import Beat, Stored
 from kvbm_schemas.message import MAX_MESSAGE_BYTES, Message
 from kvbm_schemas.records import RankRecord, SlabRecord
 from kvbm_schemas.requests import Acquire, Locate, Lookup, Refused, Release, Resync
-from kvbm_schemas.step import Fetch, Moved, StepResults
+from kvbm_schemas.step import Fetch, Lend, Moved, StepResults
 from kvbm_schemas.subjects import REGISTRY_NODE, Scope, rank_what
 from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
@@ -92,9 +92,10 @@ class World:
         until(lambda: self.ask_rank(FETCH) is not None)
         self.fetched.clear()
 
-    def _fetch(self, fetch: Fetch, tell: Callable[[Moved], None]) -> None:
-        self.fetched.append(fetch)
-        tell(Moved(op=fetch.op))
+    def _fetch(self, order: Fetch | Lend, tell: Callable[[Moved], None]) -> None:
+        assert isinstance(order, Fetch)
+        self.fetched.append(order)
+        tell(Moved(op=order.op))
 
     async def _open(self, url: str) -> tuple[NatsBus, RegistryService]:
         bus = await NatsBus.connect(url)

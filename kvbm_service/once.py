@@ -1,7 +1,8 @@
-"""Which fetches a rank has carried out: each once, by whatever way and how often it is told.
+"""Which orders a rank has carried out: each once, by whatever way and how often it is told.
 
-A fetch can come twice: by the bus, and again with the engine's next step when the answer to the
-first was lost. The second must not write into slots that are in use for something else by then.
+A fetch, or an order to lend, can come twice: by the bus, and again with the engine's next step
+when the answer to the first was lost. The second must not touch what is in use for something
+else by then.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from kvbm_service.core.columns import pack_u32
 Tell = Callable[[Moved], None]
 
 MAX_REMEMBERED = 4096
-"""Fetches whose outcome is remembered. An older one that comes again counts as failed."""
+"""Orders whose outcome is remembered. An older one that comes again counts as failed."""
 
 
-class Fetched:
+class Once:
     """Outcomes by op, and who waits for those that are not known yet. Safe to call from threads."""
 
     def __init__(self) -> None:
