@@ -99,7 +99,7 @@ def test_a_fetch_that_came_before_a_fence_does_not_begin_behind_it(
             go_on.wait(1.0)
             return super().begin(op, tell, blocks)
 
-    monkeypatch.setattr(worker_service, "Fetched", Slow)
+    monkeypatch.setattr(worker_service, "Once", Slow)
     worker = DiskWorker(tmp_path)
     op = worker.save([0], [0])
     worker.until(lambda: op in worker.moved)

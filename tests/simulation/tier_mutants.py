@@ -8,7 +8,7 @@ from typing import Any
 from kvbm_schemas import step
 from kvbm_schemas.block import BlockHash, Tier
 from kvbm_schemas.requests import Leased
-from kvbm_service import fetched
+from kvbm_service import once
 from kvbm_service.core import (
     leader,
     lending,
@@ -231,12 +231,12 @@ def _free_what_goes_to_disk_early(patch: Patch) -> None:
 
 def _fetch_as_often_as_told(patch: Patch) -> None:
     def begin(
-        self: fetched.Fetched, op: int, tell: Callable[[step.Moved], None], blocks: int
+        self: once.Once, op: int, tell: Callable[[step.Moved], None], blocks: int
     ) -> bool:
         self._waiting.setdefault(op, []).append(tell)
         return True
 
-    patch.setattr(fetched.Fetched, "begin", begin)
+    patch.setattr(once.Once, "begin", begin)
 
 
 def _let_all_blocks_through(patch: Patch) -> None:
