@@ -208,7 +208,7 @@ class WorkerService:
                 if not self._lanes_to_rest:
                     self._moved.append(Moved(op=op))
 
-        self._lending.add(Job(partial(self._mover.unlend_all, op), _warn))
+        self._lending.add(Job(partial(self._mover.unlend_all, op), _warn, urgent=False))
         for lane in used:
             lane.add(Job(passed, passed, urgent=False))
 
@@ -332,10 +332,10 @@ class WorkerService:
     # -- what is ordered with the forward pass ------------------------------------------------
 
     def _begin_with_device(self, commands: StepCommands) -> None:
-        for lend in commands.lends:
-            self._lend(lend, self._tell_leader)
         for unlend in commands.unlends:
             self._begin_unlend(unlend)
+        for lend in commands.lends:
+            self._lend(lend, self._tell_leader)
         if not (commands.loads or commands.saves):
             return
         fence = self._mover.mark()

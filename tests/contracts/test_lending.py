@@ -139,27 +139,6 @@ def test_a_rank_that_came_after_a_lender_knows_nothing_of_what_was_lent(
     heir.service.close()
 
 
-def test_nothing_is_lent_before_the_forward_pass_has_written_it(
-    lender: Worker, reader: Worker
-) -> None:
-    waiting, computed = threading.Event(), threading.Event()
-
-    def forward_pass() -> None:
-        waiting.set()
-        computed.wait(30.0)
-
-    lender.rank.mover.mark = lambda: forward_pass
-    lender.submit(lends=(lend(7, 4),))
-    assert waiting.wait(30.0)
-    assert lent(lender) == {}
-    assert not reader.arrived(2, lender, 4, fill=7)
-    lender.rank.write(4, 99)
-    computed.set()
-    assert lender.answer(7).failed == b""
-    assert reader.arrived(3, lender, 4, fill=7)
-    assert set(reader.rank.block(0)) == {99}
-
-
 def test_lending_and_taking_back_are_in_order_and_do_not_wait_for_saves(lender: Worker) -> None:
     go_on = lender.hold()
     save = Save(op=1, hashes=names(0), blocks=pack_u32([0]), slots=pack_u32([0]))
