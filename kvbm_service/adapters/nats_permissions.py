@@ -90,14 +90,22 @@ def observer(namespace: str = "*") -> Permissions:
     """
     everything = EVERYTHING if namespace == "*" else f"{ROOT}.{namespace}.>"
     return Permissions(
+        publish=router(namespace).publish,
+        subscribe=(everything, f"{COMMAND_INBOX}.>"),
+        deaf_to=(f"{ROOT}.*.*.*.release",),
+    )
+
+
+def router(namespace: str = "*") -> Permissions:
+    """`kvbm route`: it reads what leaders say of their engines, and asks where blocks are."""
+    return Permissions(
         publish=(
             f"{ROOT}.{namespace}.*.{REGISTRY_NODE}.locate",
             _DIRECTORY_IS_THERE,
             _watch(f"{namespace}.*.*"),
             _UNWATCH,
         ),
-        subscribe=(everything, f"{COMMAND_INBOX}.>"),
-        deaf_to=(f"{ROOT}.*.*.*.release",),
+        subscribe=(f"{COMMAND_INBOX}.>",),
     )
 
 

@@ -21,6 +21,7 @@ class Role(enum.StrEnum):
     NODE = "node"
     REGISTRY = "registry"
     OBSERVER = "observer"
+    ROUTER = "router"
     OPERATOR = "operator"
 
 
@@ -59,6 +60,8 @@ def permissions(
         allowed = nats_permissions.registry(namespace or ANY_NAMESPACE)
     elif role is Role.OBSERVER:
         allowed = nats_permissions.observer(namespace or ANY_NAMESPACE)
+    elif role is Role.ROUTER:
+        allowed = nats_permissions.router(namespace or ANY_NAMESPACE)
     else:
         allowed = nats_permissions.operator()
     typer.echo(nats_permissions.as_configuration(allowed), nl=False)

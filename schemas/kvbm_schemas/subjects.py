@@ -12,7 +12,7 @@
 | `snapshot` | registries        | the node's leader    | `Resync` → `SnapshotChunk` …       |
 | `rank-0` … | the node's leader | that rank's worker   | `Fetch` or `Lend` → `Moved`        |
 | `lookup`   | leaders           | registries (queue)   | `Lookup` → `Located`               |
-| `locate`   | `kvbm locate`     | registries (queue)   | `Locate` → `Placements`            |
+| `locate`   | commands, routers | registries (queue)   | `Locate` → `Placements`            |
 
 The last two are asked of the node called `registry`, a name no node may have.
 
@@ -21,7 +21,7 @@ which says who is asked, so that it lets nobody else answer:
 
     _INBOX.node.<namespace>.<node>.<random>.<asked>.<number>   a node's leader and workers
     _INBOX.registry.<random>.<asked>.<number>                  registries
-    _INBOX.command.<random>.<asked>.<number>                   commands
+    _INBOX.command.<random>.<asked>.<number>                   commands, routers
 
 `asked` is `<namespace>.<node>`, the node being `registry` where one of those is asked; `$.$` is
 whoever is asked on other subjects than ours.

@@ -8,6 +8,7 @@ from pathlib import Path
 from kvbm_schemas.block import Tier
 from kvbm_schemas.records import TierStatus
 from kvbm_service.adapters.metrics import Metrics
+from kvbm_service.adapters.route_metrics import RouteMetrics
 from kvbm_service.cli.root import app
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ def test_every_metric_they_name_is_served() -> None:
     metrics.disk_works(True)
     metrics.watch_tiers(lambda: [TierStatus(Tier.HOST, 1, 1, 1)], lambda: {Tier.HOST: 1})
     _, text = metrics.expose()
+    text += RouteMetrics().page("")[0]
     served = set(re.findall(r"^# TYPE (\w+) ", text.decode(), re.MULTILINE))
     named = set(re.findall(r"\bkvbm_[a-z0-9_]*[a-z0-9]\b", TEXT)) - NO_METRICS
     assert len(named) > 20

@@ -46,6 +46,7 @@ class Cluster:
         inbox = {
             "operator": COMMAND_INBOX,
             "observer": COMMAND_INBOX,
+            "router": COMMAND_INBOX,
             "registry": REGISTRY_INBOX,
         }.get(user, node_inbox(SCOPE.namespace, user))
         self._buses.append(await self.shipped.bus(user, inbox))

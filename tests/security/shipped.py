@@ -14,7 +14,8 @@ from tests.security.guarded_nats import GuardedNats, guarded_nats
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "nats"
 PASSWORDS = {
-    user: f"pw-of-{user}" for user in ("operator", "registry", "observer", "node-1", "node-2")
+    user: f"pw-of-{user}"
+    for user in ("operator", "registry", "observer", "router", "node-1", "node-2")
 }
 
 

@@ -22,8 +22,10 @@ from kvbm_schemas.requests import (
     Acquire,
     LeaseAnswer,
     Leased,
+    Locate,
     Located,
     Lookup,
+    Placements,
     Release,
     Resync,
     Segment,
@@ -49,7 +51,7 @@ API = "$JS.API"
 FORGED = encode(Stored(epoch=1 << 62, seq=1, tier=Tier.HOST, hashes=b"f" * 16))
 
 
-@pytest.mark.parametrize("name", ["registry", "observer", "operator", "node-1", "node-2"])
+@pytest.mark.parametrize("name", ["registry", "observer", "router", "operator", "node-1", "node-2"])
 def test_the_shipped_files_are_what_the_command_prints(kvbm: Kvbm, name: str) -> None:
     role = ["node", "--node", name] if name.startswith("node") else [name]
     assert kvbm("permissions", *role).stdout == (CONFIGURATION / f"{name}.conf").read_text()
@@ -266,7 +268,8 @@ async def test_nobody_has_jetstream_speak_for_another(cluster: Cluster, user: st
     await watch.close()
 
 
-async def test_an_observer_publishes_nothing(cluster: Cluster) -> None:
+@pytest.mark.parametrize("user", ["observer", "router"])
+async def test_who_only_looks_on_publishes_nothing(cluster: Cluster, user: str) -> None:
     before = cluster.state()
     told = [*forgeries("node-1"), *FOR_THE_OPERATOR]
     told += [
@@ -274,7 +277,7 @@ async def test_an_observer_publishes_nothing(cluster: Cluster) -> None:
         (SCOPE.of("node-1", "release"), encode(Release(lease="0" * 32))),
         (SCOPE.of(REGISTRY_NODE, "lookup"), b""),
     ]
-    await attempts(cluster, "observer", told)
+    await attempts(cluster, user, told)
     assert cluster.state() == before
 
 
@@ -308,6 +311,11 @@ async def test_a_registry_and_an_operator_speak_for_no_node(cluster: Cluster) ->
         ("observer", "_INBOX.registry.>"),
         ("observer", "$KV.>"),
         ("observer", "kvbm.*.*.*.release"),
+        ("router", "kvbm.>"),
+        ("router", SCOPE.of("node-1", "events")),
+        ("router", SCOPE.of("node-1", "loads")),
+        ("router", "_INBOX.>"),
+        ("router", "$KV.>"),
         ("operator", "_INBOX.node.>"),
         ("operator", ">"),
     ],
@@ -316,6 +324,7 @@ def test_what_is_not_for_a_role_is_not_in_its_permissions(user: str, subject: st
     role = {
         "registry": nats_permissions.registry(),
         "observer": nats_permissions.observer(),
+        "router": nats_permissions.router(),
         "operator": nats_permissions.operator(),
     }.get(user, nats_permissions.node("default", user))
     assert not any(_covers(allowed, subject) for allowed in role.subscribe) or any(
@@ -334,6 +343,20 @@ def _covers(pattern: str, subject: str) -> bool:
         if index >= len(asked) or asked[index] == ">" or token not in ("*", asked[index]):
             return False
     return len(allowed) == len(asked)
+
+
+async def test_a_router_learns_of_engines_and_of_blocks_with_what_it_may(cluster: Cluster) -> None:
+    bus = await cluster.bus("router")
+    listed: set[str] = set()
+    watch = await NatsDirectory(bus, leaders_only=True).watch(
+        lambda change: listed.add(change.key.rpartition(".")[2]), f"{SCOPE.namespace}."
+    )
+    await eventually(lambda: {"node-1", "node-2"} <= listed)
+    question = encode(Locate(hashes=CHAINS["node-1"][0]))
+    answer = await bus.request(SCOPE.of(REGISTRY_NODE, "locate"), question, 5.0)
+    assert [one.node for one in Decoder(Placements).decode(answer).holders[0]] == ["node-1"]
+    await watch.close()
+    assert cluster.violations() == []
 
 
 async def test_nobody_listens_to_what_is_for_others(cluster: Cluster) -> None:
