@@ -45,6 +45,7 @@ def test_what_vllm_has_to_ask_is_a_question_of_its_own_and_answered(missing: str
     assert missing in vars(KvbmConnector)
 
 
+@pytest.mark.once
 def test_a_vllm_that_is_too_old_is_refused_in_one_line_that_names_the_lowest_that_will_do() -> None:
     old = subprocess.run(
         [sys.executable, "-c", OLD.format(missing="has_pending_push_work")],

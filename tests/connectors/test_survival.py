@@ -325,6 +325,7 @@ def test_a_file_system_in_memory_that_is_too_small_costs_one_warning(
 # -- killed ------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.timeout(300)
 def test_an_engine_killed_at_any_moment_leaves_right_blocks_only(
     kept: dict[str, Any], tmp_path: Path

@@ -121,5 +121,11 @@ def test_every_older_release_has_a_lane_and_every_folder_is_in_one() -> None:
         assert f"--ignore={folder}" in found["everything else"].arguments
 
 
+def test_older_releases_leave_out_what_says_nothing_of_them() -> None:
+    lanes_of_older = [lane for lane in all_lanes(["1.0"]) if lane.release]
+    assert [lanes.NOT_AGAIN in lane.arguments for lane in lanes_of_older] == [True]
+    assert all(lanes.NOT_AGAIN not in lane.arguments for lane in all_lanes([]))
+
+
 def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
