@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from kvbm_connectors import trtllm_layout
+from kvbm_connectors import identity, trtllm_layout
 from kvbm_connectors.trtllm_interface import (
     KvCacheConnectorScheduler,
     KvCacheConnectorWorker,
@@ -119,7 +119,7 @@ class KvbmConnectorWorker(KvCacheConnectorWorker):
         def begin() -> trtllm_layout.Identity | str:
             assert leader is not None
             count = self._ranks.count
-            who = trtllm_layout.identity(self._args, pool, count, release(), self._settings)
+            who = trtllm_layout.identify(self._args, pool, count, release(), self._settings)
             try:
                 leader.open(who, count, pool.block_tokens)
             except KvbmError as error:
@@ -131,7 +131,7 @@ class KvbmConnectorWorker(KvCacheConnectorWorker):
         who = self._ranks.tell_all(begin)
         if isinstance(who, str):
             raise LayoutError(f"rank 0: {who}")
-        self._side.open(pool, who, trtllm_layout.weights(self._args.model), leader)
+        self._side.open(pool, who, identity.weights(self._args.model), leader)
 
     def start_load_kv(self, stream: torch.cuda.Stream) -> None:
         """Begins loads; they end in some later step."""

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
-
-from kvbm_schemas.subjects import REGISTRY_NODE, Scope
+from kvbm_connectors import identity
+from kvbm_schemas.subjects import Scope
 from kvbm_service.errors import LayoutError, SettingError
 from kvbm_service.settings import Settings
 
 if TYPE_CHECKING:
     import torch
 
-FINGERPRINT_HEX_DIGITS = 16
-
 DEFAULT_BLOCK_TOKENS = 32
 """TensorRT-LLM's own default, for releases whose arguments do not say it."""
-
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 REFUSED: dict[str, tuple[object, str]] = {
     "pipeline_parallel_size": (1, "set it to 1: TensorRT-LLM's connectors know no pipelines"),
@@ -138,12 +131,11 @@ def pool_of_layout(layout: Any) -> Pool:
     )
 
 
-def identity(args: Any, pool: Pool, ranks: int, release: str, settings: Settings) -> Identity:
+def identify(args: Any, pool: Pool, ranks: int, release: str, settings: Settings) -> Identity:
     """Who this engine is, in this life: made up once, by rank 0."""
     instance = uuid.uuid4().hex[:16]
-    return Identity(
-        scope(args, pool, ranks, release, settings), _node_name(settings, instance), instance
-    )
+    node = settings.node_name or identity.node_name(instance)
+    return Identity(scope(args, pool, ranks, release, settings), node, instance)
 
 
 def scope(args: Any, pool: Pool, ranks: int, release: str, settings: Settings) -> Scope:
@@ -163,27 +155,10 @@ def scope(args: Any, pool: Pool, ranks: int, release: str, settings: Settings) -
         "pool": pool.shape,
         "ranks": ranks,
     }
-    digest = hashlib.sha256(msgspec.json.encode(described, order="sorted")).hexdigest()
-    return Scope(settings.namespace, digest[:FINGERPRINT_HEX_DIGITS])
-
-
-def weights(model: object) -> str:
-    """A digest of a local model's weight files by size and time; empty for others' models."""
-    files = sorted(path for path in Path(str(model)).glob("*") if path.suffix in WEIGHT_SUFFIXES)
-    if not files:
-        return ""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(msgspec.json.encode(stats)).hexdigest()[:16]
+    return identity.scope(settings.namespace, described)
 
 
 def _architecture(model: object) -> str:
     """A digest of a local model's own configuration; empty for others' models."""
     config = Path(str(model)) / "config.json"
     return hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else ""
-
-
-def _node_name(settings: Settings, instance: str) -> str:
-    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:40] or "node"
-    name = settings.node_name or f"{host}-{instance[:8]}"
-    assert name != REGISTRY_NODE
-    return name

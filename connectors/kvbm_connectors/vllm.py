@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
-from kvbm_connectors import vllm_layout, vllm_releases
+from kvbm_connectors import identity, vllm_layout, vllm_releases
 from kvbm_connectors.vllm_channel import KvbmHandshake, KvbmMetadata
 from kvbm_connectors.vllm_events import EngineEvents
 from kvbm_connectors.vllm_scheduler import SchedulerSide
@@ -103,7 +103,7 @@ class KvbmConnector(KVConnectorBase_V1, *vllm_releases.HYBRID):  # type: ignore[
                     number,
                     world_size,
                     vllm_layout.instance(vllm_config),
-                    vllm_layout.weights(vllm_config),
+                    identity.weights(vllm_config.model_config.model),
                 ),
                 kv_cache_config.num_blocks,
                 over_nats(settings, f"kvbm worker {node} rank {number}", node),

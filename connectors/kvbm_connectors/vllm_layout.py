@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from kvbm_connectors import identity
 from kvbm_connectors.vllm_releases import (
     KEYS_OF_NAMES,
     LOST_REQUESTS,
@@ -18,7 +14,7 @@ from kvbm_connectors.vllm_releases import (
     SHARED_NAMES,
 )
 from kvbm_schemas.block import HASH_BYTES, BlockHash
-from kvbm_schemas.subjects import REGISTRY_NODE, Scope
+from kvbm_schemas.subjects import Scope
 from kvbm_service.errors import LayoutError, SettingError
 from kvbm_service.leader_service import Front
 from kvbm_service.route.fleet import Role
@@ -28,11 +24,6 @@ from kvbm_service.settings import Settings
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
-
-FINGERPRINT_HEX_DIGITS = 16
-
 
 STAYING = ("FullAttentionSpec", "MLAAttentionSpec")
 """Kinds of KV cache whose blocks all stay for as long as their request runs."""
@@ -158,8 +149,7 @@ def scope(config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings
             ]
             for group in kv_cache_config.kv_cache_groups
         ]
-    digest = hashlib.sha256(msgspec.json.encode(described, order="sorted")).hexdigest()
-    return Scope(settings.namespace, digest[:FINGERPRINT_HEX_DIGITS])
+    return identity.scope(settings.namespace, described)
 
 
 def _architecture(hf_config: Any) -> dict[str, str]:
@@ -176,11 +166,7 @@ def node_name(config: VllmConfig, settings: Settings) -> str:
     several = config.parallel_config.data_parallel_size > 1
     if settings.node_name:
         return f"{settings.node_name}-dp{rank}" if several else settings.node_name
-    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:40] or "node"
-    engine = hashlib.sha256(f"{transfer.engine_id}/{rank}".encode()).hexdigest()[:8]
-    name = f"{host}-{engine}"
-    assert name != REGISTRY_NODE
-    return name
+    return identity.node_name(hashlib.sha256(f"{transfer.engine_id}/{rank}".encode()).hexdigest())
 
 
 def instance(config: VllmConfig) -> str:
@@ -190,19 +176,6 @@ def instance(config: VllmConfig) -> str:
     rank = config.parallel_config.data_parallel_rank
     described = f"{transfer.engine_id}/{config.instance_id}/{rank}"
     return hashlib.sha256(described.encode()).hexdigest()[:16]
-
-
-def weights(config: VllmConfig) -> str:
-    """A digest of a local model's weight files by size and time; empty for others' models.
-
-    A name says nothing of weights that were replaced under it while no engine ran.
-    """
-    folder = Path(config.model_config.model)
-    files = sorted(path for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES)
-    if not files:
-        return ""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(msgspec.json.encode(stats)).hexdigest()[:16]
 
 
 def name_of(block_hash: bytes) -> BlockHash:

@@ -19,7 +19,8 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
 )
 
-from kvbm_connectors.vllm_layout import block_size, weights
+from kvbm_connectors.identity import weights
+from kvbm_connectors.vllm_layout import block_size
 from kvbm_connectors.vllm_releases import LOST_REQUESTS, SHARED_NAMES
 from kvbm_service.errors import LayoutError, SettingError
 from tests.connectors.engine import BLOCK, Engine, full_attention, prompt, sliding_window
@@ -48,14 +49,14 @@ def test_a_model_whose_weights_were_replaced_is_another_one_to_what_survives(
     config = make_engine().config
     config.model_config = copy.copy(config.model_config)
     config.model_config.model = str(tmp_path)
-    assert weights(config) == ""
+    assert weights(config.model_config.model) == ""
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"old")
-    before = weights(config)
-    assert before == weights(config) != ""
+    before = weights(config.model_config.model)
+    assert before == weights(config.model_config.model) != ""
     file.write_bytes(b"new")
     os.utime(file, (1, 1))
-    assert weights(config) != before
+    assert weights(config.model_config.model) != before
 
 
 def test_tenants_with_different_salts_do_not_share_blocks(make_engine: MakeEngine) -> None:
