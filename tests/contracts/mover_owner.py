@@ -27,9 +27,9 @@ LENT_SECONDS = 0.002
 class OwnerProcess:
     """What a test sees of it; has the same verbs as a `Rank` for what tests do to owners."""
 
-    def __init__(self, layout: str, *, verify: bool) -> None:
+    def __init__(self, layout: str, *, verify: bool, device: str = "cpu") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, layout, str(int(verify))],
+            [sys.executable, "-m", __name__, layout, str(int(verify)), device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NIXL_LOG_LEVEL": "FATAL"},
@@ -147,10 +147,10 @@ def octet_under(op: int) -> int:
 
 
 def main() -> None:
-    layout, verify = sys.argv[1:]
+    layout, verify, device = sys.argv[1:]
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print is not an answer
-    owner = LocalOwner(Rank(NixlMover, layout, verify=bool(int(verify))))
+    owner = LocalOwner(Rank(NixlMover, layout, verify=bool(int(verify)), device=device))
     mover = owner._rank.mover
     said = owner.as_peer._asdict()
     said["agent_metadata"] = base64.b64encode(said["agent_metadata"]).decode()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from kvbm_service.adapters.copies import CpuCopies
+from kvbm_service.adapters.copies import Copies, CpuCopies
 from kvbm_service.adapters.device_pool import regions
 from kvbm_service.adapters.host_tier import HostTier, parts
 from kvbm_service.adapters.memcpy_mover import MemcpyMover
@@ -60,13 +60,26 @@ def _many_parts() -> dict[str, torch.Tensor]:
 
 
 class Rank:
-    """A rank whose device pool, slab and headers tests can look into and change."""
+    """A rank whose device pool, slab and headers tests can look into and change.
 
-    def __init__(self, kind: Kind, layout: str = "heads_first", *, verify: bool = False) -> None:
-        self.caches = _many_parts() if layout == MANY_PARTS else LAYOUTS[layout]()
+    A `device` other than the CPU is named with its number.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        layout: str = "heads_first",
+        *,
+        verify: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        where = torch.device(device)
+        with where:
+            self.caches = _many_parts() if layout == MANY_PARTS else LAYOUTS[layout]()
         found = regions(self.caches, POOL)
         self.slab = Slab(SLOTS, parts(found))
-        self.mover = kind(HostTier(self.slab, found, CpuCopies(), verify=verify))
+        tier = HostTier(self.slab, found, _copies(where), verify=verify)
+        self.mover = kind(tier) if kind is MemcpyMover else NixlMover(tier, where.index)
         record = self.slab.record()
         self.as_peer = RemoteSlab(
             agent=self.mover.agent,
@@ -89,13 +102,14 @@ class Rank:
     def block(self, number: int) -> bytes:
         """The bytes of one device block, in all layers."""
         return b"".join(
-            half[number].contiguous().view(torch.uint8).numpy().tobytes()
+            half[number].contiguous().view(torch.uint8).cpu().numpy().tobytes()
             for cache in self.caches.values()
             for half in ([cache] if cache.shape[0] == POOL else list(cache))
         )
 
     def lend(self, device: list[int], op: int) -> None:
         """Lend these device blocks, named like slots of the same numbers."""
+        self.mover.mark()()
         self.mover.lend(blocks(device, device, op))
 
     def unlend(self, device: list[int], op: int) -> None:
@@ -107,6 +121,7 @@ class Rank:
             halves = [cache] if cache.shape[0] == POOL else list(cache)
             for half in halves:
                 half[number].view(torch.uint8).fill_(octet)
+        self.mover.mark()()
 
     def stamp(self, slot: int, name: tuple[int, int], fill: int) -> None:
         """Let the header of `slot` name something else."""
@@ -119,6 +134,14 @@ class Rank:
     def close(self) -> None:
         self.mover.close()
         self.slab.close()
+
+
+def _copies(device: torch.device) -> Copies:
+    if device.type == "cpu":
+        return CpuCopies()
+    from kvbm_service.adapters.cuda_copies import CudaCopies
+
+    return CudaCopies(device)
 
 
 def blocks(slots: list[int], device: list[int], fill: int = 1) -> Blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,13 @@ SECONDS = 10.0
 """A timeout that a pull between healthy ranks never needs."""
 
 Owner = OwnerProcess | LocalOwner
+
+_ops = itertools.count(1000, 10)
+
+
+def new_op() -> int:
+    """One that no test has used before, nor the nine after it: an owner outlives a test."""
+    return next(_ops)
 
 
 class Hall:
@@ -404,13 +412,14 @@ def test_slots_that_do_not_exist_are_refused_before_anything_is_fetched(hall: Ha
 @pytest.mark.parametrize("layout", [*LAYOUTS, MANY_PARTS])
 def test_a_lent_block_is_pulled_byte_for_byte_and_touches_no_other(hall: Hall, layout: str) -> None:
     rank, owner = hall.rank(layout), hall.owner(layout)
+    op = new_op()
     owner.fill_pool(seed=5)
-    owner.lend([23, 0, 3], op=10)
+    owner.lend([23, 0, 3], op)
     rank.fill_pool(seed=2)
     before = {number: rank.block(number) for number in range(POOL)}
     rank.mover.connect(owner.as_peer)
 
-    assert pull_lent(rank, owner, blocks([3, 23, 0], [7, 8, 23], fill=10)) == [True] * 3
+    assert pull_lent(rank, owner, blocks([3, 23, 0], [7, 8, 23], op)) == [True] * 3
 
     assert [rank.block(number) for number in (7, 8, 23)] == [
         owner.block(number) for number in (3, 23, 0)
@@ -419,29 +428,41 @@ def test_a_lent_block_is_pulled_byte_for_byte_and_touches_no_other(hall: Hall, l
     assert all(rank.block(number) == before[number] for number in others)
 
 
+def test_a_lent_block_comes_over_tcp_as_well(nixl: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp,self")  # the owner's own CPU serves each read
+    rank, owner = nixl.rank(), nixl.process()
+    owner.fill_pool(seed=5)
+    owner.lend([4], op=10)
+    rank.mover.connect(owner.as_peer)
+    assert pull_lent(rank, owner, blocks([4, 5], [6, 7], fill=10)) == [True, False]
+    assert rank.block(6) == owner.block(4)
+
+
 def test_only_what_is_lent_now_under_this_name_and_op_is_believed(hall: Hall) -> None:
     rank, owner = hall.rank(), hall.owner()
+    op = new_op()
     owner.fill_pool(seed=5)
-    owner.lend([4, 5, 6, 7], op=20)
-    owner.unlend([5], op=21)
-    owner.lend([6], op=22)
+    owner.lend([4, 5, 6, 7], op)
+    owner.unlend([5], op + 1)
+    owner.lend([6], op + 2)
     rank.mover.connect(owner.as_peer)
-    assert pull_lent(rank, owner, blocks([4, 5, 6, 7, 8], [0, 1, 2, 3, 4], fill=20)) == [
+    assert pull_lent(rank, owner, blocks([4, 5, 6, 7, 8], [0, 1, 2, 3, 4], op)) == [
         True, False, False, True, False,
     ]  # fmt: skip
-    assert pull_lent(rank, owner, blocks([6], [2], fill=22)) == [True]
+    assert pull_lent(rank, owner, blocks([6], [2], op + 2)) == [True]
     assert rank.block(2) == owner.block(6)
-    otherwise_named = blocks([4], [0], fill=20)._replace(hashes=blocks([9], [0]).hashes)
+    otherwise_named = blocks([4], [0], op)._replace(hashes=blocks([9], [0]).hashes)
     assert pull_lent(rank, owner, otherwise_named) == [False]
 
 
 def test_what_is_lent_says_nothing_of_the_slot_of_the_same_number(hall: Hall) -> None:
     rank, owner = hall.rank(), hall.owner()
-    owner.save(5, [11], [0], fill=30)
-    owner.lend([12], op=30)
+    op = new_op()
+    owner.save(5, [11], [0], op)
+    owner.lend([12], op)
     rank.mover.connect(owner.as_peer)
     for _ in range(2):
-        wanted = blocks([11, 12], [1, 2], fill=30)
+        wanted = blocks([11, 12], [1, 2], op)
         assert pull(rank, owner, wanted) == [True, False]
         assert rank.block(1) == owner.block(0)
         assert pull_lent(rank, owner, wanted) == [False, True]
@@ -454,18 +475,19 @@ def test_a_block_taken_back_and_used_while_it_is_read_is_refused(
     hall: Hall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank, owner = hall.rank(), hall.owner()
-    owner.lend([4, 5], op=40)
+    op = new_op()
+    owner.lend([4, 5], op)
     rank.mover.connect(owner.as_peer)
     read: Callable[..., None] = rank.mover._read
 
     def read_and_lose_the_race(*args: Any) -> None:
-        owner.unlend([5], op=41)
+        owner.unlend([5], op + 1)
         owner.write(5, 99)
         read(*args)
-        owner.lend([5], op=42)
+        owner.lend([5], op + 2)
 
     monkeypatch.setattr(rank.mover, "_read", read_and_lose_the_race)
-    assert pull_lent(rank, owner, blocks([4, 5], [4, 5], fill=40)) == [True, False]
+    assert pull_lent(rank, owner, blocks([4, 5], [4, 5], op)) == [True, False]
 
 
 def test_a_block_that_is_reused_all_the_time_is_believed_only_with_the_bytes_it_had(
@@ -496,12 +518,13 @@ def test_a_block_that_is_reused_all_the_time_is_believed_only_with_the_bytes_it_
 
 def test_verification_sees_a_lent_block_that_was_written_to(hall: Hall) -> None:
     rank, owner = hall.rank(verify=True), hall.owner(verify=True)
+    op = new_op()
     owner.fill_pool(seed=5)
-    owner.lend([4, 5], op=50)
+    owner.lend([4, 5], op)
     rank.mover.connect(owner.as_peer)
-    assert pull_lent(rank, owner, blocks([4, 5], [4, 5], fill=50)) == [True, True]
+    assert pull_lent(rank, owner, blocks([4, 5], [4, 5], op)) == [True, True]
     owner.write(5, 99)
-    assert pull_lent(rank, owner, blocks([4, 5], [4, 5], fill=50)) == [True, False]
+    assert pull_lent(rank, owner, blocks([4, 5], [4, 5], op)) == [True, False]
 
 
 def test_device_blocks_that_do_not_exist_are_neither_lent_nor_pulled(hall: Hall) -> None:
@@ -546,8 +569,9 @@ def test_an_owner_killed_in_the_middle_of_a_pull_of_what_it_lent_fails_it_in_tim
     nixl: Hall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank, owner, other = nixl.rank(), nixl.process(), nixl.owner()
-    owner.lend([4], op=60)
-    other.lend([4], op=60)
+    op = new_op()
+    owner.lend([4], op)
+    other.lend([4], op)
     rank.mover.connect(owner.as_peer)
     read: Callable[..., Any] = rank.mover._read
 
@@ -558,11 +582,11 @@ def test_an_owner_killed_in_the_middle_of_a_pull_of_what_it_lent_fails_it_in_tim
     monkeypatch.setattr(rank.mover, "_read", read_and_kill)
     began = time.monotonic()
     with pytest.raises(TransferError):
-        pull_lent(rank, owner, blocks([4], [4], fill=60), seconds=1.0)
+        pull_lent(rank, owner, blocks([4], [4], op), seconds=1.0)
     assert time.monotonic() - began < SECONDS
     monkeypatch.undo()
     rank.mover.connect(other.as_peer)
-    assert pull_lent(rank, other, blocks([4], [4], fill=60)) == [True]
+    assert pull_lent(rank, other, blocks([4], [4], op)) == [True]
     assert rank.block(4) == other.block(4)
 
 
