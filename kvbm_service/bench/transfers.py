@@ -1,4 +1,5 @@
-"""How fast bytes move: device ↔ host tier, and another process's host tier → device or own host.
+"""How fast bytes move: device ↔ host tier, another process's host tier → device or own host tier,
+and another process's device → device.
 
 The device pool is ordinary memory here, laid out as an engine's: one region per layer.
 """
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvbm_schemas.block import Tier
 from kvbm_schemas.subjects import Scope
 from kvbm_service.adapters.copies import CpuCopies
 from kvbm_service.adapters.homes import Home
@@ -59,6 +61,7 @@ def rows() -> list[Row]:
     return [
         *copies(MODEL),
         remote_pull("remote_pull", MODEL),
+        remote_pull("remote_pull_device", MODEL, Tier.DEVICE),
         remote_pull("remote_pull_64k", Shape(1, 64 << 10)),
         remote_pull("remote_pull_1m", Shape(1, 1 << 20)),
         *surviving(MODEL),
@@ -83,16 +86,16 @@ def copies(shape: Shape) -> list[Row]:
     ]
 
 
-def remote_pull(name: str, shape: Shape) -> Row:
+def remote_pull(name: str, shape: Shape, tier: Tier = Tier.HOST) -> Row:
     """Pulling a batch from another process, against NIXL alone with the same descriptors."""
-    with rank(shape) as tier, _owner(shape) as owner:
-        mover, peer = NixlMover(tier), owner.peer
+    with rank(shape) as memory, _owner(shape) as owner:
+        mover, peer = NixlMover(memory), owner.peer
         mover.connect(peer)
-        bare = BareNixl(tier.regions, peer)
+        bare = BareNixl(memory.regions, peer, tier)
         pulls, transfers = [], []
         for number in range(-2, ROUNDS):
             blocks = _blocks(seed=abs(number))
-            pulled = _seconds(lambda: _pull(mover, peer, blocks))  # noqa: B023
+            pulled = _seconds(lambda: _pull(mover, peer, blocks, tier))  # noqa: B023
             indices = bare.indices(blocks)
             transferred = _seconds(lambda: bare.transfer(*indices))  # noqa: B023
             if number >= 0:  # the first ones still connect
@@ -194,6 +197,7 @@ def _serve(shape: Shape, file: Path | None, parent: Connection) -> None:
     with rank(shape, file) as tier:
         tier.save(_all_blocks())
         mover = NixlMover(tier)
+        mover.lend(_all_blocks())
         where = tier.slab.record()
         peer = RemoteSlab(
             mover.agent,
@@ -203,6 +207,7 @@ def _serve(shape: Shape, file: Path | None, parent: Connection) -> None:
             where.slots,
             where.slot_bytes,
             where.parts,
+            mover.pool,
         )
         parent.send((peer, tier.slab.survives))
         while not parent.poll(PROGRESS_SECONDS):  # readable when the parent closes its end
@@ -213,7 +218,7 @@ def _serve(shape: Shape, file: Path | None, parent: Connection) -> None:
 class BareNixl:
     """What NIXL does when nobody asks whether the bytes are right."""
 
-    def __init__(self, regions: list[Region], peer: RemoteSlab) -> None:
+    def __init__(self, regions: list[Region], peer: RemoteSlab, tier: Tier = Tier.HOST) -> None:
         self._agent = new_agent("bare")
         whole = [(r.address, r.stride * r.blocks, 0, "") for r in regions]
         self._agent.register_memory(whole, "DRAM")
@@ -221,14 +226,7 @@ class BareNixl:
         self._ours = self._prepare("NIXL_INIT_AGENT", ours)
         self._firsts = np.arange(len(regions)) * regions[0].blocks
         self._agent.add_remote_agent(peer.agent_metadata)
-        length = peer.parts[0]
-        self._theirs = self._prepare(
-            peer.agent,
-            [
-                (peer.base + part * length, length, 0, peer.slot_bytes, peer.slots)
-                for part in range(len(peer.parts))
-            ],
-        )
+        self._theirs = self._prepare(peer.agent, _slab(peer) if tier is Tier.HOST else _pool(peer))
 
     def indices(self, blocks: Blocks) -> tuple[Any, Any]:
         """Of our and their descriptors."""
@@ -248,8 +246,24 @@ class BareNixl:
         return self._agent.prep_xfer_dlist(agent, np.array(rows, np.uint64), "DRAM")
 
 
-def _pull(mover: NixlMover, peer: RemoteSlab, blocks: Blocks) -> None:
-    assert mover.pull(peer.agent, blocks, SECONDS).all()
+def _slab(peer: RemoteSlab) -> list[tuple[int, ...]]:
+    length = peer.parts[0]
+    return [
+        (peer.base + part * length, length, 0, peer.slot_bytes, peer.slots)
+        for part in range(len(peer.parts))
+    ]
+
+
+def _pool(peer: RemoteSlab) -> list[tuple[int, ...]]:
+    assert peer.pool is not None
+    return [
+        (address, peer.parts[0], 0, stride, peer.pool.blocks)
+        for address, stride in peer.pool.regions
+    ]
+
+
+def _pull(mover: NixlMover, peer: RemoteSlab, blocks: Blocks, tier: Tier = Tier.HOST) -> None:
+    assert mover.pull(peer.agent, blocks, SECONDS, tier).all()
 
 
 def _blocks(seed: int) -> Blocks:

@@ -38,12 +38,12 @@ from tests.patience import until
 class Worker:
     """One rank with its worker, in this process, and what it has reported."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0, ranks: int = 1) -> None:
         self.rank = Rank(MemcpyMover)
         mover = self.rank.mover
         assert mover.pool is not None
         self.record = RankRecord(
-            node="node", rank=0, world_size=1, agent=mover.agent, agent_metadata=b"",
+            node="node", rank=number, world_size=ranks, agent=mover.agent, agent_metadata=b"",
             slab=self.rank.slab.record(), device=DeviceRecord(**mover.pool._asdict()),
         )  # fmt: skip
         self.service = WorkerService(self.record, mover)
@@ -65,13 +65,14 @@ class Worker:
         until(lambda: (self.step(), op in self.moved)[-1])
         return self.moved[op]
 
-    def arrived(self, op: int, lender: Worker, block: int, fill: int) -> bool:
-        """Whether block 0 is, in the end, loaded from that block of the lender."""
+    def arrived(self, op: int, lenders: Worker | list[Worker], block: int, fill: int) -> bool:
+        """Whether block 0 is, in the end, loaded from that block of the lender of our rank."""
+        ranks = [lenders] if isinstance(lenders, Worker) else lenders
         wanted = blocks([block], [0])
         read = RemoteRead(
-            node="owner", agents=(lender.record.agent,), seconds=30.0, tier=Tier.DEVICE,
-            hashes=wanted.hashes.tobytes(), fills=pack_u64([fill]), slots=pack_u32([block]),
-            blocks=pack_u32([0]),
+            node="owner", agents=tuple(rank.record.agent for rank in ranks), seconds=30.0,
+            tier=Tier.DEVICE, hashes=wanted.hashes.tobytes(), fills=pack_u64([fill]),
+            slots=pack_u32([block]), blocks=pack_u32([0]),
         )  # fmt: skip
         self.submit(loads=(Load(op=op, request="r", remote=(read,)),))
         until(lambda: (self.step(), op in self.loads)[-1])
@@ -137,6 +138,23 @@ def test_a_rank_that_came_after_a_lender_knows_nothing_of_what_was_lent(
     assert not reader.arrived(2, heir, 4, fill=7)
     assert not reader.arrived(3, lender, 4, fill=7), "it has gone"
     heir.service.close()
+
+
+def test_each_rank_reads_from_the_lender_of_its_own_rank_and_proves_that_alone() -> None:
+    lenders, readers = ([Worker(number, ranks=2) for number in range(2)] for _ in range(2))
+    for number, lender in enumerate(lenders):
+        lender.rank.write(4, number + 1)
+    for reader in readers:
+        reader.submit(peers=tuple(lender.record for lender in lenders))
+    lenders[1].submit(lends=(lend(7, 4),))
+    assert lenders[1].answer(7).failed == b""
+    assert [reader.arrived(2, lenders, 4, fill=7) for reader in readers] == [False, True]
+    lenders[0].submit(lends=(lend(7, 4),))
+    assert lenders[0].answer(7).failed == b""
+    assert [reader.arrived(3, lenders, 4, fill=7) for reader in readers] == [True, True]
+    assert [set(reader.rank.block(0)) for reader in readers] == [{1}, {2}]
+    for worker in (*lenders, *readers):
+        worker.service.close()
 
 
 def test_lending_and_taking_back_are_in_order_and_do_not_wait_for_saves(lender: Worker) -> None:
