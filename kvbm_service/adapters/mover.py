@@ -101,9 +101,9 @@ Fence = Callable[[], None]
 class Mover(Protocol):
     """Moves blocks. Calls block the calling thread and release the GIL.
 
-    Three threads may call at the same time: the engine's calls `mark`; one of ours calls
-    `save`, `load`, `lend`, `unlend` and `unlend_all`; one of ours calls `connect`, `forget`,
-    `pull`, `fetch` and `progress`. `close` comes when all of them are done.
+    Four threads may call at the same time: the engine's calls `mark`; one of ours calls `save`
+    and `load`; one of ours calls `lend`, `unlend` and `unlend_all`; one of ours calls `connect`,
+    `forget`, `pull`, `fetch` and `progress`. `close` comes when all of them are done.
     """
 
     @property
@@ -125,7 +125,7 @@ class Mover(Protocol):
         """Where the engine's work is now; cheap, and never waits.
 
         The engine's thread calls it after it has queued the forward pass that a `save`
-        or `lend` must not overtake, or that a `load` or `pull` must not disturb; our thread waits
+        must not overtake, or that a `load` or `pull` must not disturb; our thread waits
         for the fence before it makes that call.
         """
         ...
@@ -149,7 +149,8 @@ class Mover(Protocol):
     def lend(self, blocks: Blocks) -> None:
         """Let other ranks read `blocks.device` until `unlend`; `slots` are not looked at.
 
-        Fills are the op of the command. The same one may come again.
+        What is to be read has been written: nothing is waited for. Fills are the op of the
+        command. The same one may come again.
 
         Raises:
             TransferError: our device pool cannot be read by others, it has no such block, or a
