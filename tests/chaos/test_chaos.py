@@ -27,8 +27,8 @@ SECONDS = 45.0
 SEED = 3
 PROCESSES = 7
 """Begun at once: NATS, two registries, four engines."""
-ENDS_SECONDS = 60.0
-GONE_SECONDS = 10.0
+ENDS_SECONDS = 180.0
+GONE_SECONDS = 30.0
 """Python's resource trackers end a little later than those whose resources they track."""
 ROOT = Path(__file__).parents[2]
 

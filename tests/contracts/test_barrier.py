@@ -25,7 +25,7 @@ from tests.contracts.meeting_place import DIRECTORIES, open_meeting_place
 NODE = "node"
 WORLD_SIZE = 4
 INSTANCE = "this life"
-LEASE_SECONDS = 2.0
+LEASE_SECONDS = 6.0
 INIT_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0
 SETTING = "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS"

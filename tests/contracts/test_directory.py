@@ -23,7 +23,12 @@ from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
 from kvbm_service.adapters.nats_server import EmbeddedNats
 from kvbm_service.errors import DirectoryError, NameTaken, SettingError
-from tests.contracts.leases import ENDING_SECONDS, LASTING_SECONDS, leases_end
+from tests.contracts.leases import (
+    ENDING_SECONDS,
+    LASTING_SECONDS,
+    leases_end,
+    until_renewed,
+)
 
 if TYPE_CHECKING:
     from conftest import DirectoryWorld
@@ -46,16 +51,6 @@ class Eyes:
             del self.alive[change.key]
         else:
             self.alive[change.key] = change.value
-
-
-async def until_renewed(directory: LeasedRecords) -> None:
-    """Wait until the owner of the record has renewed it by itself."""
-    revisions = set[int]()
-    async with asyncio.timeout(30):
-        while len(revisions) < 2:
-            with contextlib.suppress(DirectoryError):  # it is not back yet
-                revisions |= {entry.revision for entry in await directory.entries()}
-            await asyncio.sleep(0.05)
 
 
 async def _keys(directory: LeasedRecords) -> list[str]:

@@ -25,9 +25,9 @@ from kvbm_service.adapters.nats_server import EmbeddedNats
 from kvbm_service.errors import BusError
 from tests.contracts.etcd_node import CHAIN, NODE, SCOPE
 
-MEMBERSHIP_SECONDS = 2.0
+MEMBERSHIP_SECONDS = 5.0
 PATIENCE_SECONDS = 60.0
-SLACK_SECONDS = 5.0
+SLACK_SECONDS = 20.0
 """For a machine that has much else to do."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
@@ -127,7 +127,7 @@ async def test_nobody_is_forgotten_while_etcd_restarts(
     await ask.until({NODE})
     etcd.kill()
     await asyncio.to_thread(etcd.start)
-    deadline = time.monotonic() + 2 * MEMBERSHIP_SECONDS
+    deadline = time.monotonic() + 1.25 * MEMBERSHIP_SECONDS
     while time.monotonic() < deadline:
         assert await ask.holders() in ({NODE}, None)
         await asyncio.sleep(0.1)

@@ -10,13 +10,12 @@ import signal
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from kvbm_service.adapters.directory import Change, Entry
+from kvbm_service.adapters.directory import Change
 from kvbm_service.adapters.embedded_server import HOST
 from kvbm_service.adapters.etcd_directory import (
     HEARTBEATS_PER_LEASE,
@@ -31,7 +30,12 @@ from kvbm_service.adapters.etcd_servers import EtcdServers
 from kvbm_service.adapters.etcd_session import MAX_HEARTBEATS_MISSED
 from kvbm_service.adapters.leased_records import Conflict, Sighting
 from kvbm_service.errors import DirectoryError, NameTaken, SettingError
-from tests.contracts.leases import ENDING_SECONDS, LASTING_SECONDS, leases_end
+from tests.contracts.leases import (
+    ENDING_SECONDS,
+    LASTING_SECONDS,
+    leases_end,
+    until_renewed,
+)
 from tests.contracts.relay import Relay, relay_to
 
 KEY = "prod.abc.node1"
@@ -119,13 +123,6 @@ async def until_it_works(question: Callable[[], Awaitable[T]]) -> T:
             with contextlib.suppress(DirectoryError):
                 return await question()
             await asyncio.sleep(0.05)
-
-
-async def renewed(directory: EtcdDirectory, entry: Entry) -> None:
-    """Wait until a record is renewed by itself."""
-    then = {entry.revision}
-    while {each.revision for each in await directory.entries()} == then:  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
 
 
 async def until_none(found: Callable[[], Awaitable[Sequence[object]]]) -> None:
@@ -375,9 +372,7 @@ async def test_an_etcd_that_stands_still_for_less_than_a_lease_buries_nobody(
     os.kill(etcd.pid, signal.SIGSTOP)
     await asyncio.sleep(1.0)
     os.kill(etcd.pid, signal.SIGCONT)
-    for _ in range(2):
-        (entry,) = await until_it_works(other.entries)
-        await until_it_works(partial(renewed, other, entry))
+    await until_renewed(other)
     await membership.update(b"y")
     await eventually(lambda: eyes.alive == {KEY: b"y"})
     assert eyes.buried == []
@@ -464,8 +459,7 @@ async def test_one_of_three_servers_may_die_and_nobody_is_buried(
     cluster.members[0].kill()  # the first in the URL, so the one that both use
     await until_it_works(lambda: membership.update(b"y"))  # the others may have to elect a leader
     await eventually(lambda: eyes.alive == {KEY: b"y"})
-    (entry,) = await until_it_works(other.entries)
-    await until_it_works(partial(renewed, other, entry))
+    await until_renewed(other)
     assert membership.alive
     assert eyes.buried == []
     await watch.close()

@@ -20,9 +20,9 @@ from kvbm_service.adapters.etcd_login import PREFIX, parse_login
 from kvbm_service.adapters.etcd_rpc import aio, rpc
 from kvbm_service.adapters.etcd_server import EmbeddedEtcd
 from kvbm_service.errors import DirectoryError, SettingError
+from tests.contracts.leases import LASTING_SECONDS, until_renewed
 from tests.security.certificates import Authority, Certificate
 
-LEASE_SECONDS = 1.5
 KEY = "prod.abc.node1"
 NODE, OBSERVER, NOBODY, ROOT = "node", "observer", "nobody", "root"
 SECRET = "s3cret/w0rd@#"
@@ -69,7 +69,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
 async def entries(url: str, ca: Path | None = None, own: Certificate | None = None) -> list[str]:
     """What somebody finds who comes with these."""
     files = [str(ca or ""), *(map(str, own) if own else ("", ""))]
-    directory = EtcdDirectory(parse_login(url, *files), LEASE_SECONDS)
+    directory = EtcdDirectory(parse_login(url, *files), LASTING_SECONDS)
     try:
         return [entry.key for entry in await directory.entries()]
     finally:
@@ -80,12 +80,12 @@ async def test_with_the_right_certificates_everything_works_over_tls(
     tls: Tls, eventually: Eventually
 ) -> None:
     login = parse_login(tls.server.url, str(tls.authority.ca), *map(str, tls.client))
-    one, other = EtcdDirectory(login, LEASE_SECONDS), EtcdDirectory(login, LEASE_SECONDS)
+    one, other = EtcdDirectory(login, LASTING_SECONDS), EtcdDirectory(login, LASTING_SECONDS)
     changes: list[Change] = []
     watch = await other.watch(changes.append)
     membership = await one.join(KEY, b"x")
     await eventually(lambda: [change.value for change in changes] == [b"x"])
-    await asyncio.sleep(LEASE_SECONDS * 1.5)
+    await until_renewed(other)
     assert membership.alive
     assert [entry.key for entry in await other.entries()] == [KEY]
     await watch.close()
@@ -154,7 +154,7 @@ async def test_a_certificate_that_is_spoilt_later_is_an_error_of_the_directory(
 ) -> None:
     ca = tmp_path / "ca.pem"
     ca.write_bytes(tls.authority.ca.read_bytes())
-    directory = EtcdDirectory(parse_login(tls.server.url, str(ca)), LEASE_SECONDS)
+    directory = EtcdDirectory(parse_login(tls.server.url, str(ca)), LASTING_SECONDS)
     ca.write_text("oops")
     with pytest.raises(DirectoryError, match="KVBM_ETCD_CA"):
         await directory.entries()
@@ -216,8 +216,8 @@ def nothing_secret_is_said(caplog: Log) -> Iterator[None]:
 async def test_a_node_with_user_and_password_takes_part(
     locked: EmbeddedEtcd, eventually: Eventually
 ) -> None:
-    one = EtcdDirectory(parse_login(url_of(locked, NODE)), LEASE_SECONDS)
-    other = EtcdDirectory(parse_login(url_of(locked, OBSERVER)), LEASE_SECONDS)
+    one = EtcdDirectory(parse_login(url_of(locked, NODE)), LASTING_SECONDS)
+    other = EtcdDirectory(parse_login(url_of(locked, OBSERVER)), LASTING_SECONDS)
     changes: list[Change] = []
     watch = await other.watch(changes.append)
     membership = await one.join(KEY, b"x")
@@ -231,7 +231,7 @@ async def test_a_node_with_user_and_password_takes_part(
 
 
 async def test_an_observer_cannot_take_part(locked: EmbeddedEtcd) -> None:
-    directory = EtcdDirectory(parse_login(url_of(locked, OBSERVER)), LEASE_SECONDS)
+    directory = EtcdDirectory(parse_login(url_of(locked, OBSERVER)), LASTING_SECONDS)
     with pytest.raises(DirectoryError, match=r"does not let observer .* kvbm/members/"):
         await directory.join(KEY, b"x")
     assert await directory.entries() == []
@@ -239,7 +239,7 @@ async def test_an_observer_cannot_take_part(locked: EmbeddedEtcd) -> None:
 
 
 async def test_a_user_without_a_role_sees_nothing(locked: EmbeddedEtcd) -> None:
-    directory = EtcdDirectory(parse_login(url_of(locked, NOBODY)), LEASE_SECONDS)
+    directory = EtcdDirectory(parse_login(url_of(locked, NOBODY)), LASTING_SECONDS)
     for attempt in (directory.entries(), directory.watch(print)):
         with pytest.raises(DirectoryError, match="does not let nobody"):
             await attempt
@@ -248,14 +248,14 @@ async def test_a_user_without_a_role_sees_nothing(locked: EmbeddedEtcd) -> None:
 
 async def test_who_may_read_only_some_keys_cannot_watch_all(locked: EmbeddedEtcd) -> None:
     """etcd says so in the watch itself, where aetcd's own client would never hear of it."""
-    directory = EtcdDirectory(parse_login(url_of(locked, NOBODY)), LEASE_SECONDS)
+    directory = EtcdDirectory(parse_login(url_of(locked, NOBODY)), LASTING_SECONDS)
     with pytest.raises(DirectoryError, match="does not let nobody"):
         await anext(directory._members._changes("", 0))
     await directory.close()
 
 
 async def test_a_wrong_password_is_refused_and_not_shown(locked: EmbeddedEtcd, caplog: Log) -> None:
-    directory = EtcdDirectory(parse_login(url_of(locked, NODE, "wrong-word")), LEASE_SECONDS)
+    directory = EtcdDirectory(parse_login(url_of(locked, NODE, "wrong-word")), LASTING_SECONDS)
     for _ in range(3):
         with pytest.raises(LoginRefused, match=r"refuses user node.*KVBM_DIRECTORY_URL") as refused:
             await directory.entries()
@@ -267,7 +267,7 @@ async def test_a_wrong_password_is_refused_and_not_shown(locked: EmbeddedEtcd, c
 
 
 async def test_no_password_where_one_is_wanted_says_so(locked: EmbeddedEtcd) -> None:
-    directory = EtcdDirectory(parse_login(locked.url), LEASE_SECONDS)
+    directory = EtcdDirectory(parse_login(locked.url), LASTING_SECONDS)
     with pytest.raises(DirectoryError, match=r"wants a login.*KVBM_DIRECTORY_URL"):
         await directory.entries()
     await directory.close()
@@ -275,7 +275,7 @@ async def test_no_password_where_one_is_wanted_says_so(locked: EmbeddedEtcd) -> 
 
 async def test_a_password_where_none_is_wanted_does_no_harm() -> None:
     with EmbeddedEtcd() as server:
-        directory = EtcdDirectory(parse_login(url_of(server, NODE)), LEASE_SECONDS)
+        directory = EtcdDirectory(parse_login(url_of(server, NODE)), LASTING_SECONDS)
         assert await directory.entries() == []
         await set_up_roles(server)
         assert await directory.entries() == [], "and is used as soon as one is"
@@ -312,7 +312,7 @@ async def test_a_login_that_has_ended_is_renewed_unnoticed(
     options = {"auth_token": jwt(tmp_path, 1)} if kind == "jwt" else {"auth_token_ttl": "1"}
     async with locked_etcd(**options) as server:
         login = parse_login(url_of(server, NODE))
-        one, other = EtcdDirectory(login, 4.5), EtcdDirectory(login, 4.5)
+        one, other = EtcdDirectory(login, LASTING_SECONDS), EtcdDirectory(login, LASTING_SECONDS)
         changes: list[Change] = []
         watch = await other.watch(changes.append)
         membership = await one.join(KEY, b"x")
@@ -332,7 +332,7 @@ async def test_an_etcd_that_restarts_forgets_logins_and_is_told_again(
     locked: EmbeddedEtcd, eventually: Eventually
 ) -> None:
     login = parse_login(url_of(locked, NODE))
-    one, other = EtcdDirectory(login, LEASE_SECONDS), EtcdDirectory(login, LEASE_SECONDS)
+    one, other = EtcdDirectory(login, LASTING_SECONDS), EtcdDirectory(login, LASTING_SECONDS)
     changes: list[Change] = []
     watch = await other.watch(changes.append)
     membership = await one.join(KEY, b"x")

@@ -33,9 +33,9 @@ from tests.contracts.lone_leader import SCOPE
 from tests.contracts.meeting_place import DIRECTORIES, open_meeting_place
 
 NODE = "node"
-LEASE_SECONDS = 2.0
+LEASE_SECONDS = 4.0
 PATIENCE_SECONDS = 60.0
-WATCHED_SECONDS = 3 * LEASE_SECONDS
+WATCHED_SECONDS = 1.25 * LEASE_SECONDS
 """How long nothing must happen."""
 
 _answers: Decoder[LeaseAnswer] = Decoder(LeaseAnswer)  # type: ignore[arg-type]

@@ -37,10 +37,10 @@ from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
 from kvbm_service.adapters.nats_server import EmbeddedNats
 from kvbm_service.registry_service import RegistryService
+from tests.contracts.leases import LASTING_SECONDS
 
 SCOPE = Scope("prod", "layout1")
 CHAIN = [hashlib.md5(bytes([number])).digest() for number in range(8)]
-LEASE_SECONDS = 1.5
 ASK_SECONDS = 5.0
 PATIENCE_SECONDS = 30.0
 
@@ -53,7 +53,7 @@ class World:
 
     def __init__(self, server: EmbeddedNats | None) -> None:
         self._server = server
-        self._hub, self._records = Hub(), Records(LEASE_SECONDS)
+        self._hub, self._records = Hub(), Records(LASTING_SECONDS)
         self._closing = contextlib.AsyncExitStack()
         self._serving: dict[RegistryService, asyncio.Task[None]] = {}
 
@@ -64,7 +64,7 @@ class World:
             bus, directory = MemoryBus(self._hub), MemoryDirectory(self._records)
         else:
             bus = await NatsBus.connect(self._server.url)
-            directory = NatsDirectory(bus, lease_seconds=LEASE_SECONDS)
+            directory = NatsDirectory(bus, lease_seconds=LASTING_SECONDS)
         self._closing.push_async_callback(bus.close)
         self._closing.push_async_callback(directory.close)
         return bus, directory

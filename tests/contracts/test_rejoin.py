@@ -31,7 +31,7 @@ from tests.contracts.crew import PATIENCE_SECONDS, Crew, failed_blocks, name, un
 from tests.contracts.lone_leader import SCOPE
 from tests.contracts.meeting_place import DIRECTORIES, open_meeting_place
 
-LEASE_SECONDS = 2.0
+LEASE_SECONDS = 4.0
 _answers: Decoder[LeaseAnswer] = Decoder(LeaseAnswer)  # type: ignore[arg-type]
 _placements = Decoder(Placements)
 T = TypeVar("T")
