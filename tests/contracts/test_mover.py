@@ -659,6 +659,7 @@ def test_a_fetch_that_was_given_up_writes_nothing_late(
         fetch(rank, owner, hop([4], [4], fill=9), seconds=0.2)
     owner.go_on()
     owner.save(5, [6], [6])  # the owner has come round: it answers
+    monkeypatch.setattr("kvbm_service.adapters.nixl_mover.CONNECT_SECONDS", SECONDS)
     rank.mover.connect(owner.as_peer)
     wanted = hop([6], [6], fill=10)
     assert fetch(rank, owner, wanted) == [True]
@@ -687,6 +688,7 @@ def test_a_peer_stopped_for_long_writes_nothing_late_and_is_read_again_afterward
 
     owner.go_on()
     owner.save(5, [6], [6])  # the owner has come round: it answers
+    monkeypatch.setattr("kvbm_service.adapters.nixl_mover.CONNECT_SECONDS", SECONDS)
     rank.mover.connect(owner.as_peer)
     assert pull(rank, owner, blocks([6], [6])) == [True]
     assert rank.block(6) == owner.block(6)
