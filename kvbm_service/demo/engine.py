@@ -216,10 +216,7 @@ class Engine:
 
     def what_went_wrong(self) -> str:
         """The errors that its log names, and its last lines."""
-        log = self.options.log.read_text(errors="replace")
-        errors = dict.fromkeys(RAISED.findall(log))
-        last = log.splitlines()[-LOG_TAIL_LINES:]
-        return "\n".join([*errors, f"The end of {self.options.log}:", *last])
+        return what_a_log_tells(self.options.log)
 
     def __enter__(self) -> Self:
         return self
@@ -291,6 +288,14 @@ class Engine:
 
     def _failure(self, what: str) -> EngineFailed:
         return EngineFailed(f"engine {self.options.log.stem}: {what}\n{self.what_went_wrong()}")
+
+
+def what_a_log_tells(path: Path) -> str:
+    """The errors that an engine's log names, and its last lines."""
+    log = path.read_text(errors="replace")
+    errors = dict.fromkeys(RAISED.findall(log))
+    last = log.splitlines()[-LOG_TAIL_LINES:]
+    return "\n".join([*errors, f"The end of {path}:", *last])
 
 
 def share_cores(engines: int = 1, ranks: int = 1) -> list[str]:
