@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -116,3 +117,9 @@ def ask(url: str, path: str, body: dict[str, Any]) -> bytes:
     with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as answer:
         found: bytes = answer.read()
     return found
+
+
+def nobody_listens(port: int) -> bool:
+    """Whether the port is free again."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deploy.launch.plan import free_ports
-from tests.launch.script import SCRIPTS, Script, ask, running
+from tests.launch.script import SCRIPTS, Script, ask, nobody_listens, running
 from tests.patience import until
 
 NAMES = ("agg_kvbm.sh", "disagg_kvbm.sh", "disagg_kvbm_2p2d.sh")
@@ -122,9 +122,3 @@ def pid_of(script: Script, name: str) -> int:
         if port.encode() in command and b"vllm.entrypoints.openai.api_server" in command:
             return process
     raise AssertionError(f"{name} does not run")
-
-
-def nobody_listens(port: int) -> bool:
-    """Whether the port is free again."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
