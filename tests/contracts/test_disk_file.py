@@ -211,5 +211,5 @@ def test_a_disk_that_does_not_answer_is_given_up_and_its_memory_left_alone(
         with pytest.raises(DiskLost, match="not answered"):
             rank.disk.load(everything)
         rank.close()
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 20.0
     assert disk_lane._given_up, "the kernel may still have been at it"

