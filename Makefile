@@ -10,7 +10,7 @@ VLLM_MATRIX := 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-older test test-vllm-older test-vllm-matrix check lint demo bench chaos clean
+.PHONY: help venv venv-older test test-vllm-older test-vllm-matrix test-models check lint demo bench chaos clean
 
 help:  ## show this list
 	@echo "kvbm-service: a distributed KV-block cache for LLM engines"
@@ -32,6 +32,9 @@ test-vllm-older: venv  ## run the connector's tests on older vLLM releases
 
 test-vllm-matrix: venv  ## the same on every release that is supported, and a table of what came of it
 	@$(BIN)/python -m deploy.dev.vllm_matrix $(VLLM_MATRIX)
+
+test-models: venv  ## ask models of many kinds with and without the connector, and print a table
+	@$(BIN)/python -m tests.models $(ROWS)
 
 .PHONY: programs
 programs:

@@ -10,7 +10,7 @@ import torch
 
 from kvbm_service.adapters.device_pool import regions
 from kvbm_service.adapters.host_tier import HostTier, parts
-from kvbm_service.adapters.mover import Blocks
+from kvbm_service.adapters.mover import NO_BLOCK, Blocks
 from kvbm_service.adapters.slab import Slab
 
 pytestmark = [
@@ -95,3 +95,24 @@ def test_a_bit_that_flipped_in_the_slab_is_seen_on_the_device(device: Device) ->
     at = device.slab.base - device.slab.start + device.slab.slot_bytes
     np.frombuffer(device.slab._memory, np.uint8)[at] ^= 1
     assert device.tier.load(_blocks([1, 2], [1, 2])).tolist() == [False, True]
+
+
+def test_a_part_that_has_no_place_on_the_device_is_left_out() -> None:
+    from kvbm_service.adapters.cuda_copies import CudaCopies
+
+    memory = torch.zeros(POOL, 4096, dtype=torch.uint8, device="cuda")
+    found = regions({"full": memory, "window": memory}, POOL, [{"full"}, {"window"}])
+    slab = Slab(SLOTS, parts(found))
+    copies = CudaCopies(torch.device("cuda", torch.cuda.current_device()))
+    tier = HostTier(slab, found, copies, verify=True)
+    memory.copy_(torch.arange(POOL, device="cuda", dtype=torch.uint8)[:, None])
+    tier.mark()()
+    saved = _blocks([1], [0])._replace(device=np.array([[3, 4]], np.uint32))
+    tier.save(saved)
+    memory.zero_()
+    torch.cuda.synchronize()
+    assert tier.load(saved._replace(device=np.array([[5, NO_BLOCK]], np.uint32))).all()
+    held = memory[:, 0].tolist()
+    assert [(at, value) for at, value in enumerate(held) if value] == [(5, 3)]
+    tier.close()
+    slab.close()
