@@ -154,8 +154,13 @@ class SchedulerSide:
         if followed is None or not wanted or not _ended_well(request):
             return None
         names = followed.update_names()
-        count = min(len(names), len(device_blocks), request.num_prompt_tokens // self._block_size)
-        kept = self._leader.hand_over(names[:count], device_blocks[:count])
+        count = min(len(names), request.num_prompt_tokens // self._block_size)
+        if self._tables is None:
+            count = min(count, len(device_blocks))
+            device_blocks = device_blocks[:count]
+        else:
+            device_blocks = []  # rows are not lent: what is in the tiers is
+        kept = self._leader.hand_over(names[:count], device_blocks)
         if kept is None:
             return None
         origin, held = kept

@@ -11,7 +11,8 @@ import pytest
 from kvbm_service.adapters.nats_server import EmbeddedNats
 from kvbm_service.core.reads import Stage
 from tests.connectors.cluster import eventually
-from tests.connectors.engine import Asked, Engine, prompt
+from tests.connectors.engine import Asked, Engine, full_attention, prompt, sliding_window
+from tests.connectors.releases import needs_lost_requests
 
 MakeEngine = Callable[..., Engine]
 
@@ -98,6 +99,18 @@ def test_the_decode_engine_computes_only_the_tail_that_fills_no_block(
     asked = decode.ask(prompt(41), tokens=5, transfer=told)
     assert (asked.loaded, asked.computed) == (40, 5)
     assert [rank.gate.pulls.blocks for rank in decode.ranks] == [10] * ranks
+    eventually(lambda: all_is_given_back(prefill))
+
+
+@needs_lost_requests
+def test_blocks_that_are_rows_are_handed_over_through_the_host(make_node: MakeEngine) -> None:
+    shape = {"specs": (full_attention(), sliding_window()), "blocks": 256}
+    prefill, decode = meet(make_node("prefill", **shape), make_node("decode", **shape))
+    told = compute(prefill)
+    assert prefill.ranks[0]._worker.record.device is None
+    prefill.run()
+    asked = decode.ask(prompt(41), tokens=5, transfer=told)
+    assert (asked.loaded, asked.computed) == (40, 5)
     eventually(lambda: all_is_given_back(prefill))
 
 
