@@ -205,18 +205,13 @@ class SchedulerSide:
             device_blocks = followed.device_blocks[followed.offered : last]
             self._store(followed, followed.offered, device_blocks)
             return
-        for first, rows in self._tables.whole_runs(request_id, followed.offered, last):
-            followed.offered = first
-            if not self._store(followed, first, self._tables.name(rows)):
-                return
-        followed.offered = max(followed.offered, last)
+        followed.offered, rows = self._tables.whole(request_id, followed.offered, last)
+        self._store(followed, followed.offered, self._tables.name(rows))
 
-    def _store(self, followed: _Followed, first: int, device_blocks: list[int]) -> bool:
-        """Offer blocks that lie there, from the request's block `first` on. False: not all were
-        dealt with.
-        """
+    def _store(self, followed: _Followed, first: int, device_blocks: list[int]) -> None:
+        """Offer blocks that lie there, from the request's block `first` on."""
         if not device_blocks:
-            return True
+            return
         names = followed.names
         chain = names[first : first + len(device_blocks)]
         after = names[first - 1] if first else None
@@ -226,7 +221,6 @@ class SchedulerSide:
             self._hold(held)
             self._events.offered(request, first, first + dealt_with)
         followed.offered = first + dealt_with
-        return dealt_with == len(chain)
 
     def _hold(self, device_blocks: list[int]) -> None:
         if not device_blocks:

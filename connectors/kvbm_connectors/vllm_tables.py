@@ -13,7 +13,7 @@ that is there. The ranks are told the rows.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -47,20 +47,14 @@ class Tables:
         ]
         return list(zip(*parts, strict=False))
 
-    def whole_runs(self, request: str, first: int, last: int) -> Iterator[tuple[int, list[Row]]]:
-        """What can be saved of a request's blocks `first` to `last`: where each run starts."""
+    def whole(self, request: str, first: int, last: int) -> tuple[int, list[Row]]:
+        """What can be saved of a request's blocks `first` to `last`, and which block that begins
+        with: those behind the last one of which a part is gone.
+        """
         assert self.blocks_of is not None
-        run: list[Row] = []
-        at = first
-        for row in self.rows(self.blocks_of(request), first, last):
-            if NO_BLOCK not in row:
-                run.append(row)
-            elif run:
-                yield at - len(run), run
-                run = []
-            at += 1
-        if run:
-            yield at - len(run), run
+        rows = self.rows(self.blocks_of(request), first, last)
+        gone = max((at for at, row in enumerate(rows, 1) if NO_BLOCK in row), default=0)
+        return first + gone, rows[gone:]
 
     def name(self, rows: Sequence[Row]) -> list[int]:
         """The numbers by which the leader knows these rows, until the step is built."""

@@ -62,6 +62,9 @@ MAX_PAGES = 512
 BUFFER_BYTES = 8 << 20
 """Slots on their way to slots of ours pass through a buffer of this size (or of one slot)."""
 
+MOST = np.iinfo(np.int32).max
+"""NIXL numbers descriptors so far. What is beyond would wrap, and be some other memory."""
+
 HEADER_WORDS = HEADER.itemsize // 8
 """Copying words is several times faster than copying records, in numpy."""
 
@@ -329,6 +332,7 @@ class Reader:
         theirs: npt.NDArray[Any],
         deadline: float,
     ) -> None:
+        assert max(ours.max(), theirs.max()) <= MOST, "there are not that many descriptors"
         handle = self._agent.make_prepped_xfer(
             "READ", local, ours.astype(np.int32), remote, theirs.astype(np.int32)
         )
