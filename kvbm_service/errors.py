@@ -14,7 +14,8 @@
     ├── RanksMissing          not every rank reported in time: names the missing ones
     ├── RouteError            a prompt found no answer
     │   ├── NoEngine          there is nobody to send it to
-    │   └── EngineLost        an engine cannot be reached, or died over it
+    │   ├── EngineLost        an engine cannot be reached, or died over it
+    │   └── ClientGone        nobody takes it
     └── TransferError         bytes did not arrive, or cannot be trusted
 
 Each message is one line that says what is wrong and what to do about it.
@@ -85,6 +86,10 @@ class NoEngine(RouteError):
 
 class EngineLost(RouteError):
     """An engine cannot be reached, says that it cannot serve, or died over a request."""
+
+
+class ClientGone(RouteError):
+    """Nobody is left to take an answer, or whoever is does not take it."""
 
 
 class TransferError(KvbmError):

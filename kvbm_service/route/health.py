@@ -74,7 +74,7 @@ class Health:
             _log.warning("engine %s gets no requests until it is well again: %s", engine, why)
 
     async def _learn_models(self, engine: Engine) -> None:
-        models = await self._upstream.models(engine, {})
+        models = (await self._upstream.models(engine, {})).entries
         if models:
             adapters = {model["id"]: model for model in models if _is_adapter(model)}
             engine.bases = frozenset(model["id"] for model in models) - frozenset(adapters)

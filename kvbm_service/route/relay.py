@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,10 +10,14 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from kvbm_service.errors import ClientGone
 from kvbm_service.route.upstream import Exchange
 
 MAX_LINE_BYTES = 1 << 20
 """What a stream's line may have before it is sent on unfinished."""
+
+LAST_WORD_SECONDS = 5.0
+"""How long a client may take to be told that its engine is lost."""
 
 ENGINE_HEADER = "X-KVBM-Engine"
 """Says which engine has answered."""
@@ -22,10 +27,6 @@ _ONE_HOP = frozenset({
     "proxy-authorization", "server", "te", "trailer", "transfer-encoding", "upgrade",
 })  # fmt: skip
 _NOT_ASKED = _ONE_HOP | {"accept-encoding", "content-type", "expect", "host", "cookie"}
-
-
-class ClientGone(Exception):
-    """Nobody is left to answer."""
 
 
 def asked_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -101,9 +102,10 @@ class Stream:
         assert self.response is not None
         event = msgspec.json.encode(error_body(message, "engine_lost", 502))
         try:
-            await self.response.write(b"data: " + event + b"\n\n")
-            await self._end()
-        except (aiohttp.ClientError, ConnectionError) as error:
+            async with asyncio.timeout(LAST_WORD_SECONDS):
+                await self.response.write(b"data: " + event + b"\n\n")
+                await self._end()
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             raise ClientGone from error
         return self.response
 

@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from kvbm_service.adapters.route_metrics import RouteMetrics
-from kvbm_service.errors import EngineLost, NoEngine, SettingError
+from kvbm_service.errors import ClientGone, EngineLost, NoEngine, SettingError
 from kvbm_service.network import Network
 from kvbm_service.route import prompts
 from kvbm_service.route.dispatch import Dispatcher
@@ -20,7 +20,7 @@ from kvbm_service.route.health import Health
 from kvbm_service.route.membership import Membership
 from kvbm_service.route.prefixes import Prefixes
 from kvbm_service.route.prompts import NotARequest, Path
-from kvbm_service.route.relay import ClientGone, asked_headers, error
+from kvbm_service.route.relay import asked_headers, error
 from kvbm_service.route.upstream import Upstream
 
 MAX_REQUEST_BYTES = 1 << 26
@@ -173,6 +173,8 @@ class RouteService:
         except EngineLost as failure:
             return error(str(failure), "engine_lost", 502)
         except ClientGone:
+            if request.transport is not None:
+                request.transport.abort()
             return web.Response()  # nobody reads it
         finally:
             self._in_flight -= 1
@@ -184,9 +186,15 @@ class RouteService:
         headers = asked_headers(request.headers)
         found: dict[str, dict[str, Any]] = {}
         asked = (self._upstream.models(engine, headers) for engine in engines)
-        for models in await asyncio.gather(*asked):
-            for model in models:
+        answers = await asyncio.gather(*asked)
+        for models in answers:
+            for model in models.entries:
                 found.setdefault(model["id"], model)
+        if not found and answers[0].answer:
+            refusal = answers[0]  # that there is no right key, most likely
+            return web.Response(
+                body=refusal.answer, status=refusal.status, content_type="application/json"
+            )
         return web.json_response({"object": "list", "data": list(found.values())})
 
     async def _say_health(self, _: web.Request) -> web.StreamResponse:

@@ -6,12 +6,12 @@ import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import aiohttp
 import msgspec
 
-from kvbm_service.errors import EngineLost
+from kvbm_service.errors import ClientGone, EngineLost
 from kvbm_service.route.fleet import Engine
 
 CONNECT_SECONDS = 5.0
@@ -33,6 +33,14 @@ _FAILURES = (aiohttp.ClientError, OSError)
 
 class _Models(msgspec.Struct):
     data: Annotated[list[dict[str, Any]], msgspec.Meta(max_length=MAX_MODELS)]
+
+
+class Models(NamedTuple):
+    """What an engine serves: entries with at least an `id`; beside them, all of its answer."""
+
+    entries: tuple[dict[str, Any], ...]
+    status: int
+    answer: bytes
 
 
 class _Tokenized(msgspec.Struct):
@@ -124,6 +132,7 @@ class Upstream:
 
         Raises:
             EngineLost: it could not be reached, or was lost before the context ended.
+            ClientGone: the client was waited for, for too long.
         """
         given = {**headers, "Content-Type": "application/json"}
         exchange: Exchange | None = None
@@ -139,6 +148,8 @@ class Upstream:
         except aiohttp.ClientError as error:
             raise lost(engine, _in_words(error)) from None
         except TimeoutError as error:
+            if exchange is not None and exchange.writing:
+                raise ClientGone("the client takes nothing of its answer") from None
             raise lost(engine, exchange.why if exchange is not None else str(error)) from None
         except OSError as error:
             raise lost(engine, _in_words(error)) from None
@@ -200,18 +211,22 @@ class Upstream:
         except _FAILURES as error:
             return _in_words(error)
 
-    async def models(self, engine: Engine, headers: Mapping[str, str]) -> list[dict[str, Any]]:
-        """What an engine serves, as it says it; empty if it does not."""
+    async def models(self, engine: Engine, headers: Mapping[str, str]) -> Models:
+        """What an engine serves, or its answer if it does not say so."""
         try:
             async with (
                 asyncio.timeout(HEALTH_SECONDS),
                 self._session.get(f"{engine.url}/v1/models", headers=headers) as response,
             ):
-                answer = await response.read()
+                answer, status = await response.read(), response.status
             found = msgspec.json.decode(answer, type=_Models).data
-            return [model for model in found if isinstance(model.get("id"), str)]
-        except (TimeoutError, *_FAILURES, msgspec.DecodeError, UnicodeDecodeError):
-            return []
+        except (TimeoutError, *_FAILURES):
+            return Models((), 502, b"")
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return Models((), status, answer)
+        return Models(
+            tuple(model for model in found if isinstance(model.get("id"), str)), status, answer
+        )
 
 
 def is_unavailable(status: int) -> bool:

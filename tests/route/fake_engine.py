@@ -43,6 +43,9 @@ class FakeEngine:
         self.die_after: int | None = None
         """Cut the connection after so many chunks."""
         self.die_within_a_line = False
+        self.key = ""
+        self.chatter = 0
+        """Bytes that it adds to each chunk."""
         self.tokenize_seconds = 0.0
         self.can_tokenize = True
         self.tokens_of: Callable[[str], list[int]] = lambda text: list(text.encode())
@@ -83,7 +86,9 @@ class FakeEngine:
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(status=self.health)
 
-    async def _models(self, _: web.Request) -> web.Response:
+    async def _models(self, request: web.Request) -> web.Response:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
         return web.json_response({"object": "list", "data": self.models})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
@@ -155,7 +160,9 @@ class FakeEngine:
 
     def _chunk(self, asked: dict[str, Any], word: str) -> bytes:
         choice = {"text": word} if "prompt" in asked else {"delta": {"content": word}}
-        return b"data: " + json.dumps({"choices": [choice], "engine": self.name}).encode() + b"\n\n"
+        body = {"choices": [choice], "engine": self.name}
+        padding = b": " + b"x" * self.chatter + b"\n\n" if self.chatter else b""
+        return b"data: " + json.dumps(body).encode() + b"\n\n" + padding
 
 
 @asynccontextmanager

@@ -96,6 +96,16 @@ async def test_models_of_all_engines_are_listed_once_each() -> None:
         assert [model["id"] for model in found["data"]] == ["tiny", "sql"]
 
 
+async def test_engines_that_want_a_key_get_the_clients_and_say_no_to_others() -> None:
+    async with fake_engines("a") as [a], routing(a) as router:
+        a.key = "k"
+        refused = await router.get("/v1/models")
+        assert (refused.status, refused.json) == (401, {"error": "Unauthorized"})
+        headers = {"Authorization": "Bearer k"}
+        async with router.session.get(router.url + "/v1/models", headers=headers) as response:
+            assert [model["id"] for model in (await response.json())["data"]] == ["tiny"]
+
+
 async def test_a_request_goes_to_an_engine_that_serves_its_model() -> None:
     async with fake_engines("a", "b") as [a, b]:
         b.models = [{"id": "other", "object": "model", "root": "/m/other"}]

@@ -164,6 +164,22 @@ async def test_an_engine_that_stays_silent_is_given_up() -> None:
         await eventually(lambda: silent.running == 0)
 
 
+async def test_a_client_that_takes_nothing_does_not_hold_an_engine_for_ever() -> None:
+    options = replace(PATIENT, idle_seconds=1.0)
+    async with fake_engines("a") as [a], routing(a, options=options) as router:
+        a.chatter = 32 << 20
+        host, port = router.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 10)
+        body = b'{"prompt": "x", "stream": true}'
+        head = f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await reader.readline()
+        await eventually(lambda: a.running == 0 and not router.engine(a).running)
+        assert a.cancelled == 1
+        assert router.engine(a).healthy
+        writer.close()
+
+
 async def test_requests_at_an_engine_that_answers_no_more_are_sent_to_another() -> None:
     async with fake_engines("a", "b") as [a, b], routing(a, b) as router:
         a.hold.clear()
