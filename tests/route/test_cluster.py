@@ -45,6 +45,7 @@ async def test_engines_are_found_by_membership_and_drained_when_they_leave(
         await node.leave()
         await eventually(lambda: not router.engine(a).listed)
         b.hold_middle.set()
+        router.engine(b).ahead += 10_000
         for _ in range(4):
             assert (await router.say()).json["engine"] == "b"
         a.hold_middle.set()

@@ -177,6 +177,8 @@ async def test_a_client_that_takes_nothing_does_not_hold_an_engine_for_ever() ->
         await eventually(lambda: a.running == 0 and not router.engine(a).running)
         assert a.cancelled == 1
         assert router.engine(a).healthy
+        labels = f'engine="{a.url}",outcome="cancelled",role="both"'
+        assert await router.metric(f"kvbm_route_requests_total{{{labels}}}") == 1
         writer.close()
 
 
