@@ -34,7 +34,7 @@ def faults(row: Row, outcome: Outcome) -> list[str]:
     """What is wrong with it; nothing, if the row holds.
 
     Our reuse must not change a token where vLLM's does not: the same bytes in the same places. In
-    16 bits vLLM's own may, because a prompt's rest is computed in another shape than the whole.
+    few bits vLLM's own may, because a prompt's rest is computed in another shape than the whole.
     """
     found = []
     if outcome.different < outcome.prompts:
