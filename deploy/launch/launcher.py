@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 USUAL_NATS_PORT = 4222
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 """How long NATS, the registry and the router may take; engines have --timeout."""
 DRAIN_SECONDS = 10
 PROGRESS_SECONDS = 5.0
@@ -227,21 +227,16 @@ class Launch:
             )
             for engine in engines
         }
-        waiting = dict(children)
+        started = list(children.values())
 
-        def answered() -> bool:
-            for url in list(waiting):
+        def silent() -> list[Child]:
+            for url in list(children):
                 if _is_well(url):
-                    del waiting[url]
-            return not waiting
+                    del children[url]
+            return list(children.values())
 
-        self._wait(
-            lambda: ", ".join(child.name for child in waiting.values()),
-            answered,
-            list(children.values()),
-            self._asked.timeout,
-        )
-        self._start_route(routed, len(engines), list(children.values()))
+        self._wait(silent, started, self._asked.timeout)
+        self._start_route(routed, started)
 
     def _start_nats(self) -> None:
         given = os.environ.get("KVBM_NATS_URL", "")
@@ -256,48 +251,42 @@ class Launch:
             generation=0,
         )
         self._wait(
-            lambda: "NATS and a registry",
-            lambda: "registry answers" in child.log.read_text(errors="replace"),
+            lambda: [] if "registry answers" in child.log.read_text(errors="replace") else [child],
             [child],
             START_SECONDS,
         )
         found = re.search(r"export KVBM_NATS_URL=(\S+)", child.log.read_text(errors="replace"))
         self._nats_url = given or (found.group(1) if found else "")
 
-    def _start_route(self, options: Sequence[str], engines: int, children: Sequence[Child]) -> None:
+    def _start_route(self, options: Sequence[str], engines: Sequence[Child]) -> None:
         child = self._family.start("route", _kvbm("route", *options), {}, generation=2)
         url = f"http://127.0.0.1:{self._asked.port}"
 
-        def knows_all() -> bool:
-            return (
-                "routing on" in child.log.read_text(errors="replace") and _healthy(url) == engines
-            )
+        def silent() -> list[Child]:
+            listens = "routing on" in child.log.read_text(errors="replace")
+            return [] if listens and _healthy(url) == len(engines) else [child]
 
-        self._wait(lambda: "the router", knows_all, [child, *children], START_SECONDS)
+        self._wait(silent, [child, *engines], START_SECONDS)
 
     def _wait(
-        self,
-        for_what: Callable[[], str],
-        is_so: Callable[[], bool],
-        children: Sequence[Child],
-        timeout_seconds: float,
+        self, silent: Callable[[], list[Child]], children: Sequence[Child], timeout_seconds: float
     ) -> None:
+        """Wait until nobody is `silent`, and all of `children` live."""
         from deploy.launch.family import ChildEnded
 
         began = time.monotonic()
         tell_at = began + QUIET_SECONDS
-        while not is_so():
+        while left := silent():
+            names = ", ".join(child.name for child in left)
             for child in children:
                 if not child.alive:
                     raise ChildEnded(child)
             now = time.monotonic()
             if now - began > timeout_seconds:
-                last = "\n".join(
-                    child.last_words() for child in children if child.name in for_what()
-                )
-                raise CannotStart(f"{for_what()}: no answer after {timeout_seconds:.0f} s\n{last}")
+                last = "\n".join(child.last_words() for child in left)
+                raise CannotStart(f"{names}: no answer after {timeout_seconds:.0f} s\n{last}")
             if now >= tell_at:
-                print(f"  {now - self._began:4.0f} s: waiting for {for_what()}", flush=True)
+                print(f"  {now - self._began:4.0f} s: waiting for {names}", flush=True)
                 tell_at = now + PROGRESS_SECONDS
             self._family.look()
 
