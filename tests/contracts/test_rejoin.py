@@ -36,6 +36,9 @@ _answers: Decoder[LeaseAnswer] = Decoder(LeaseAnswer)  # type: ignore[arg-type]
 _placements = Decoder(Placements)
 T = TypeVar("T")
 
+on_one_directory = pytest.mark.parametrize("site", DIRECTORIES[:1], indirect=True)
+"""For what the engine tells, and what no directory has to."""
+
 
 class Observer:
     """A registry, and someone who asks, on a thread of their own."""
@@ -157,6 +160,7 @@ def test_a_rank_that_is_killed_is_missed_and_another_process_takes_its_place(sit
     assert answer.epoch == crew.leader.epoch
 
 
+@on_one_directory
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_what_is_under_way_ends_when_the_engine_says_that_a_rank_has_died(site: Site) -> None:
@@ -187,6 +191,7 @@ def test_what_is_under_way_ends_when_the_engine_says_that_a_rank_has_died(site: 
     assert crew.load("c", "d") == [True, True]
 
 
+@on_one_directory
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_what_the_new_process_finds_in_its_predecessors_memory_is_kept(
@@ -270,6 +275,7 @@ def test_a_process_that_wakes_up_when_another_has_its_place_is_not_let_in(
     assert crew.leader.on_core(lambda core: core.crew.agents[0], "") == crew.ranks[0].record.agent
 
 
+@on_one_directory
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_reader_on_another_node_follows_to_the_new_process(site: Site) -> None:
