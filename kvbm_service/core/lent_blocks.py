@@ -84,7 +84,8 @@ class LentBlocks:
         if ending or len(self._lent) + len(fresh) > self._room:
             return None
         blocks = dict(zip(chain, device_blocks, strict=True))
-        self._lend_fresh({name: block for name, block in blocks.items() if block in fresh}, seconds)
+        new = {name: block for name, block in blocks.items() if block not in self._lent}
+        self._lend_fresh(new, seconds)
         lent = {name: self._lent[block] for name, block in blocks.items()}
         for one, before in zip(lent.values(), known, strict=True):
             one.loans += before is not None
@@ -154,6 +155,12 @@ class LentBlocks:
     def awaited(self) -> bool:
         """Whether the engine's steps will bring news of some."""
         return bool(self._asked or self._freed)
+
+    @property
+    def coming_back(self) -> bool:
+        """Whether the engine's steps will give some back."""
+        asked = (self._lent[one.device_blocks[0]].phase for one in self._asked.values())
+        return bool(self._freed) or any(phase is _Phase.ENDING for phase in asked)
 
     def _unlend(self, device_blocks: Iterable[int]) -> None:
         """Have the ranks lend no more what nobody is to read, as far as they do lend it."""
