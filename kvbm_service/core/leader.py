@@ -155,6 +155,7 @@ class Leader:
             self.lookups.decline(reader)
             return
         if self.crew.state in (State.BROKEN, State.SETTLING):
+            self.lookups.release_origin(request)
             self.lookups.break_promise(reader)
             self._tell_lost(0, request, device_blocks)
             return
@@ -292,7 +293,7 @@ class Leader:
     @property
     def holds_device_blocks(self) -> bool:
         """Whether the engine will get device blocks back by itself."""
-        return self.orders.held_blocks > 0
+        return self.orders.held_blocks > 0 or self.lent.coming_back
 
     def reset(self) -> None:
         """Forget every block, those on their way included, for this life and later ones."""

@@ -74,6 +74,7 @@ class Lookups:
             return
         reader = Reader(chain, origin=origin, renewed=now)
         self.readers[request] = self.waiting[request] = reader
+        self._keep_up(reader)
         self._tiers.use(chain, now)
         self._ask_registry_if_needed(request, reader, 0, now)
 
@@ -168,8 +169,11 @@ class Lookups:
         process stood still meanwhile: reads prove themselves.
         """
         kept = self._limits.lease_seconds / 4  # the engine may be about to load what it was told of
+        period = self._limits.lease_seconds * RENEWAL_SHARE
         for reader in self.readers.values():
-            self._keep_up(reader, now)
+            if reader.renewed + period <= now:
+                reader.renewed = now
+                self._keep_up(reader)
             if reader.plan is None or reader.plan.deadline + kept > now:
                 continue
             if reader.promised_in != self.steps or reader.stage is not Stage.READY:
@@ -181,11 +185,10 @@ class Lookups:
             self._tiers.unpin(pinned.tier, pinned.slots)
         self._outbox.effects.extend(GiveBack(grant.node, grant.lease) for grant in plan.grants)
 
-    def _keep_up(self, reader: Reader, now: float) -> None:
-        origin, period = reader.origin, self._limits.lease_seconds * RENEWAL_SHARE
-        if origin is not None and reader.renewed + period <= now:
-            reader.renewed = now
-            self._outbox.effects.append(KeepUp(origin.node, origin.lease))
+    def _keep_up(self, reader: Reader) -> None:
+        """Say that what is kept for this request is still needed."""
+        if reader.origin is not None:
+            self._outbox.effects.append(KeepUp(reader.origin.node, reader.origin.lease))
 
     def _give_back(self, origin: Origin | None) -> None:
         if origin is not None:

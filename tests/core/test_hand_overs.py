@@ -146,6 +146,20 @@ def test_the_engine_gets_its_blocks_back_only_when_no_rank_lends_them_any_more()
     assert not owner.leader.busy
 
 
+def test_the_engine_is_told_to_wait_for_blocks_only_while_they_are_coming_back() -> None:
+    """While they are lent it would wait in vain, and must preempt somebody."""
+    owner = Owner()
+    owner.hand_over("ab", [5, 6])
+    waits = [owner.leader.holds_device_blocks]
+    owner.all_moved(owner.order().op)
+    waits.append(owner.leader.holds_device_blocks)
+    owner.leader.release(TOKEN)
+    waits.append(owner.leader.holds_device_blocks)
+    assert owner.given_back() == [5, 6]
+    waits.append(owner.leader.holds_device_blocks)
+    assert waits == [False, False, True, False]
+
+
 def test_ranks_are_told_to_stop_only_after_they_have_begun() -> None:
     """The order to lend goes by the bus, the other by the step: either may be late."""
     owner = Owner()
@@ -374,6 +388,21 @@ def test_it_is_kept_up_while_the_request_waits_and_released_when_it_ends() -> No
     rig.leader.finish("r")
     assert rig.effects(GiveBack) == [GiveBack("a", TOKEN)]
     rig.leader.tick(30.0)
+    assert rig.effects(KeepUp) == []
+
+
+def test_it_is_kept_up_at_once_for_it_may_be_old_already() -> None:
+    assert reader().effects(KeepUp) == [KeepUp("a", TOKEN)]
+
+
+def test_it_is_released_when_a_lost_rank_breaks_the_promise() -> None:
+    rig = reader()
+    answered(rig, leased("a", 3))
+    assert rig.leader.match("r", 0, now=0.0) == 3
+    rig.leader.rank_lost(0, now=0.0)
+    rig.leader.load("r", 0, [1, 2, 3], now=0.0)
+    assert TOKEN in [effect.lease for effect in rig.effects(GiveBack)]
+    rig.leader.tick(LEASE_SECONDS)
     assert rig.effects(KeepUp) == []
 
 
