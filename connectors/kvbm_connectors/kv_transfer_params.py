@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from kvbm_schemas.message import Token
-from kvbm_schemas.requests import Count, LeaseToken
+from kvbm_schemas.requests import Count
 from kvbm_service.core.reads import Origin
 
 _log = logging.getLogger(__name__)
 
 
+Lease = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{16,64}\Z")]
+"""Narrower than what nodes accept from each other: JSON knows strings that cannot be sent."""
+
+
 class _HandedOver(msgspec.Struct, frozen=True):
     node: Token
-    lease: LeaseToken
+    lease: Lease
     blocks: Count
 
 

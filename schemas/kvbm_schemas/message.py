@@ -26,8 +26,8 @@ Epoch = Annotated[int, msgspec.Meta(ge=0, le=MAX_U63)]
 Seq = Annotated[int, msgspec.Meta(ge=0, le=MAX_U63)]
 """The number of an event within its epoch: 1, 2, 3, …"""
 
-Token = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-"""A name that is one token of a NATS subject."""
+Token = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+"""A name that is one token of a NATS subject. (`$` would let a line's end follow.)"""
 
 BlockHashes = Annotated[bytes, msgspec.Meta(max_length=MAX_BATCH_BLOCKS * HASH_BYTES)]
 """Block names, packed: `HASH_BYTES` bytes each, in order."""
