@@ -17,6 +17,7 @@ from kvbm_connectors.vllm_events import EngineEvents
 from kvbm_connectors.vllm_layout import name_of
 from kvbm_connectors.vllm_tables import Tables
 from kvbm_schemas.block import BlockHash
+from kvbm_schemas.message import MAX_BATCH_BLOCKS
 from kvbm_service import forgetting
 from kvbm_service.core.reads import Hits, Origin
 from kvbm_service.errors import LayoutError
@@ -154,13 +155,14 @@ class SchedulerSide:
         if followed is None or not wanted or not _ended_well(request):
             return None
         names = followed.update_names()
-        count = min(len(names), request.num_prompt_tokens // self._block_size)
-        if self._tables is None:
-            count = min(count, len(device_blocks))
-            device_blocks = device_blocks[:count]
+        count = min(len(names), request.num_prompt_tokens // self._block_size, MAX_BATCH_BLOCKS)
+        if self._tables is not None or request.num_preemptions:
+            # Rows are not lent. Nor is what may still have to be computed: a request that was
+            # preempted can end by an output from before. What is in the tiers is there.
+            device_blocks = []
         else:
-            device_blocks = []  # rows are not lent: what is in the tiers is
-        kept = self._leader.hand_over(names[:count], device_blocks)
+            count = min(count, len(device_blocks))
+        kept = self._leader.hand_over(names[:count], device_blocks[:count])
         if kept is None:
             return None
         origin, held = kept

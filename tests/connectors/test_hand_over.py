@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from kvbm_connectors import kv_transfer_params
 from kvbm_service.adapters.nats_server import EmbeddedNats
-from kvbm_service.core.reads import Stage
+from kvbm_service.core.reads import Origin, Stage
 from tests.connectors.cluster import eventually
 from tests.connectors.engine import Asked, Engine, full_attention, prompt, sliding_window
 from tests.connectors.releases import needs_lost_requests
@@ -261,6 +262,57 @@ def test_what_was_made_up_is_computed(pair: tuple[Engine, Engine], told: dict[st
     asked: Asked = decode.ask(prompt(41), transfer={"do_remote_prefill": True} | told)
     assert (asked.loaded, asked.computed) == (0, 41)
     assert not [r for r in decode.core.lookups.readers.values() if r.stage is Stage.LOADING]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"node": "prefill\n"},
+        {"node": "prefill.\r\nPUB x 0"},
+        {"lease": "f" * 32 + "\n"},
+        {"lease": "\ud800" * 16},
+        {"blocks": True},
+        {"blocks": 10**40},
+        {"blocks": -1},
+        {3: 4},
+    ],
+    ids=str,
+)
+def test_what_could_not_be_sent_on_is_not_believed(told: dict[Any, Any]) -> None:
+    """JSON knows half characters, and the bus ends its lines with a line's end."""
+    good = {"do_remote_prefill": True, "node": "prefill", "lease": "f" * 32, "blocks": 10}
+    assert kv_transfer_params.read(good) == Origin("prefill", "f" * 32, 10)
+    assert kv_transfer_params.read(good | told) is None
+
+
+def test_a_request_that_was_preempted_is_handed_over_through_the_host_tier(
+    pair: tuple[Engine, Engine],
+) -> None:
+    """It may end by an output from before, while its new blocks are still to be computed."""
+    prefill, decode = pair
+    asked = prefill.submit(prompt(41), tokens=8, transfer=PREFILL)
+    prefill.until(lambda: len(asked.answer) == 2)
+    while prefill.core.busy:  # what is being saved cannot be reset
+        prefill.settle()
+        prefill.step()
+    assert prefill.scheduler.reset_prefix_cache(reset_running_requests=True)
+    prefill.run()
+    assert asked.request.num_preemptions == 1
+    assert not prefill.core.lent._lent
+    assert decode.ask(prompt(41), transfer=asked.handed_over).loaded == 40
+
+
+def test_the_prefix_cache_can_be_reset_once_what_is_lent_was_taken_back(
+    pair: tuple[Engine, Engine],
+) -> None:
+    """vLLM resets nothing while a block is in use. Asked so, it tells us at least."""
+    prefill, decode = pair
+    told = compute(prefill)
+    assert not prefill.scheduler.reset_prefix_cache(reset_connector=True)
+    prefill.run()
+    assert prefill.scheduler.reset_prefix_cache(reset_connector=True)
+    asked = decode.ask(prompt(41), transfer=told)
+    assert (asked.loaded, asked.computed) == (0, 41)
 
 
 def test_two_requests_of_one_prompt_both_get_it(pair: tuple[Engine, Engine]) -> None:
