@@ -86,13 +86,14 @@ def registry(namespace: str = "*") -> Permissions:
 def observer(namespace: str = "*") -> Permissions:
     """Somebody who looks on: `kvbm tap`, `ls` and `locate`. Nothing that changes anything.
 
-    Records of ranks are not for observers: what NIXL needs to reach memory stands in them.
+    Records of ranks are not for observers: what NIXL needs to reach memory stands in them. Nor
+    are leases' tokens, which are in what is said on `release`, and of hand-overs on `lease`.
     """
     everything = EVERYTHING if namespace == "*" else f"{ROOT}.{namespace}.>"
     return Permissions(
         publish=router(namespace).publish,
         subscribe=(everything, f"{COMMAND_INBOX}.>"),
-        deaf_to=(f"{ROOT}.*.*.*.release",),
+        deaf_to=(f"{ROOT}.*.*.*.release", f"{ROOT}.*.*.*.lease"),
     )
 
 
