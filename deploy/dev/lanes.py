@@ -4,6 +4,10 @@
 
 What a lane prints is shown whole when it has ended; until then a line now and then says how far
 each one is. The last lines sum up all lanes, in pytest's words. Uses the standard library only.
+
+Tests start real servers and engines, and lanes take each other's processors. So a few that failed
+beside others are asked once more, with the machine to themselves: who fails then has failed, and
+who passes is named as unsteady. Many failures are no accident, and are not asked again.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ WITHOUT_ENGINES = "not engine and not gpu"
 NOT_AGAIN = f"{WITHOUT_ENGINES} and not once"
 """What is run on every release."""
 
+MAX_ASKED_AGAIN = 12
+"""More failures than this, in all lanes together, are what they are."""
+
 PERCENT = re.compile(r"\[ *(\d+)%\]$", re.MULTILINE)
 CLOSING = re.compile(r"^=+ (?:.*\d+ \w+.*) in \d+\.\d+s.*=+$", re.MULTILINE)
 COUNT = re.compile(r"(\d+) ([a-z]+)")
@@ -59,6 +66,8 @@ class Lane:
     status: int | None = None
     """0: all is well. None: it has not ended."""
     output: str = ""
+    unsteady: int = 0
+    """Tests that failed beside others and passed by themselves."""
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _stopped: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -71,6 +80,23 @@ class Lane:
     def run(self) -> None:
         """Run it to its end."""
         self.started = time.monotonic()
+        self._run()
+        self.seconds = time.monotonic() - self.started
+
+    def ask_again(self) -> None:
+        """Run once more what has failed; in the end only that counts."""
+        failed, first = self.bad, self.output
+        self._run("--last-failed", "--last-failed-no-failures=none")
+        self.unsteady = failed - self.bad if self.status in (0, 1) else 0
+        again = " what failed, asked again ".center(WIDTH, "-")
+        self.output = f"{first.rstrip()}\n{again}\n{self.output}"
+
+    @property
+    def bad(self) -> int:
+        """How many tests have failed."""
+        return self.counts["failed"] + self.counts["error"]
+
+    def _run(self, *more: str) -> None:
         environment = dict(os.environ)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)  # another `make test` may be writing to it
@@ -82,11 +108,11 @@ class Lane:
                 others = filter(None, [environment.get("PYTHONPATH")])
                 environment["PYTHONPATH"] = os.pathsep.join([str(overlay), *others])
             if status == 0:
-                command = (sys.executable, "-m", "pytest", *self.arguments)
+                remembered = f"cache_dir={self.log.with_suffix('.cache')}"
+                command = (sys.executable, "-m", "pytest", "-o", remembered, *self.arguments, *more)
                 status = self._call(log.fileno(), environment, *command)
             log.seek(0)
             self.output = log.read().decode(errors="replace")
-        self.seconds = time.monotonic() - self.started
         self.status = status
 
     def _call(self, log: int, environment: dict[str, str], *command: str) -> int:
@@ -123,12 +149,18 @@ class Lane:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many tests passed, failed and so on; empty if pytest never got that far."""
+        """How many tests passed, failed and so on; empty if pytest never got that far.
+
+        Of those that were asked again, what came of it then.
+        """
         closing = CLOSING.findall(self.output)
         found: Counter[str] = Counter()
-        for number, what in COUNT.findall(closing[-1].partition(" in ")[0] if closing else ""):
-            found[what.removesuffix("s") if what == "errors" else what] += int(number)
-        return found
+        for at, line in enumerate(closing):
+            if at:
+                found["failed"] = found["error"] = 0
+            for number, what in COUNT.findall(line.partition(" in ")[0]):
+                found[what.removesuffix("s") if what == "errors" else what] += int(number)
+        return +found
 
 
 def set_up(release: str) -> tuple[str, ...]:
@@ -167,8 +199,21 @@ def run_all(lanes: Sequence[Lane], at_once: int) -> int:
             if left:
                 told = ", ".join(lane.progress for lane in lanes if lane.status is None)
                 print(f"  {time.monotonic() - began:4.0f} s: {told}", flush=True)
+    ask_again(lanes)
     sum_up(lanes, time.monotonic() - began)
     return 0 if all(lane.status == 0 for lane in lanes) else 1
+
+
+def ask_again(lanes: Sequence[Lane]) -> None:
+    """Give what failed in the crowd another chance, one lane after the other."""
+    failed = [lane for lane in lanes if lane.status]
+    told = all(lane.status == 1 and lane.bad for lane in failed)
+    if not told or sum(lane.bad for lane in failed) > MAX_ASKED_AGAIN:
+        return
+    for lane in failed:
+        print(f"  {lane.name}: {lane.bad} failed beside others, and are asked again", flush=True)
+        lane.ask_again()
+        print(lane.output.rpartition(" what failed, asked again ")[2].rstrip(), flush=True)
 
 
 def show(lane: Lane) -> None:
@@ -185,10 +230,13 @@ def sum_up(lanes: Sequence[Lane], seconds: float) -> None:
     for lane in lanes:
         total += lane.counts
         how = words(lane.counts) + ("" if lane.status == 0 else f" (exit status {lane.status})")
+        how += f"; UNSTEADY: {lane.unsteady}" if lane.unsteady else ""
         print(f"  {lane.name:<20} {lane.seconds:5.0f} s  {how}")
     for lane in lanes:
         for line in BAD.findall(lane.output):
             print(f"{line}  [{lane.name}]")
+        if lane.unsteady and lane.status == 0:
+            print(f"  … all of {lane.name} passed when they were asked again, by themselves")
     print(f" {words(total)} in {seconds:.2f}s ".center(WIDTH, "="), flush=True)
 
 

@@ -28,6 +28,15 @@ def test_three(): pass
 BAD = """
 def test_four(): assert 17 + 4 == 22
 """
+SHY = """
+import pathlib
+
+def test_six():
+    seen = pathlib.Path("seen")
+    before = seen.exists()
+    seen.touch()
+    assert before
+"""
 ENDLESS = """
 import pathlib, subprocess, time
 
@@ -76,9 +85,29 @@ def test_one_failure_fails_the_whole_and_is_told_with_its_traceback_and_once_mor
     assert re.search(r"^=+ 1 failed, 2 passed, 1 skipped in \d+\.\d\ds =+$", lines[-1])
 
 
-def test_what_a_lane_says_stands_together(
+def test_what_fails_only_beside_others_is_asked_again_and_named(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (project / "tests" / "test_shy.py").write_text(SHY)
+    assert run_all([lane("shy"), lane("good")], at_once=2) == 0
+    lines = said(capsys)
+    assert re.search(r"^=+ 3 passed, 1 skipped in \d+\.\d\ds =+$", lines[-1])
+    assert any("shy" in line and "UNSTEADY: 1" in line for line in lines)
+    assert any(line.startswith("FAILED tests/test_shy.py::test_six") for line in lines)
+
+
+def test_many_failures_are_not_asked_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "MAX_ASKED_AGAIN", 0)
+    (project / "tests" / "test_shy.py").write_text(SHY)
+    assert run_all([lane("shy")], at_once=1) == 1
+
+
+def test_what_a_lane_says_stands_together(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "MAX_ASKED_AGAIN", 0)
     run_all([lane("bad"), lane("good")], at_once=2)
     starts = [line for line in said(capsys) if "test session starts" in line or "# lane " in line]
     assert ["# lane " in line for line in starts] == [True, False, True, False]
