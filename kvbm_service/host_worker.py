@@ -36,17 +36,17 @@ def start_worker(
     settings: Settings,
     rank: RankId,
     kv_caches: Mapping[str, torch.Tensor],
-    device_blocks: int,
+    device_blocks: int | Sequence[int],
     connect: Connect,
     groups: Sequence[Collection[str]] = (),
 ) -> WorkerService:
     """Allocate one rank's share of the tiers beside its KV tensors, and start its worker.
 
     `kv_caches` has one tensor per layer; `device_blocks` of them fit into each. `groups` are the
-    layers by block table, where blocks are rows (`device_pool.regions`); such blocks are not lent
-    from the device. The tiers have
-    as many slots as the settings allow if all ranks have blocks like this one's. What an earlier
-    engine of the same scope left in them is found again.
+    layers by block table, where blocks are rows (`device_pool.regions`), and `device_blocks` may
+    be by group; such blocks are not lent from the device. The tiers have as many slots as the
+    settings allow if all ranks have blocks like this one's. What an earlier engine of the same
+    scope left in them is found again.
 
     Raises:
         LayoutError: the tensors cannot be cached, or memory or disk space is not there.
@@ -78,7 +78,7 @@ def start_worker(
         agent=mover.agent,
         agent_metadata=mover.agent_metadata,
         slab=msgspec.structs.replace(slab.record(), layout=layout),
-        device_blocks=device_blocks // max(1, len(groups)),  # a block of ours is one of each
+        device_blocks=_blocks_of_ours(device_blocks, len(groups)),
         instance=rank.instance,
         disk_slots=slots.disk,
         device=DeviceRecord(**mover.pool._asdict()) if mover.pool is not None else None,
@@ -197,3 +197,10 @@ def _layout(kv_caches: Mapping[str, torch.Tensor]) -> str:
         for tensor in kv_caches.values()
     ]
     return hashlib.sha256(msgspec.json.encode(described)).hexdigest()[:16]
+
+
+def _blocks_of_ours(device_blocks: int | Sequence[int], groups: int) -> int:
+    """How many the device has room for, if each is one block of every group."""
+    if isinstance(device_blocks, int):
+        return device_blocks // max(1, groups)
+    return min(device_blocks)

@@ -55,13 +55,13 @@ class KvbmConnectorLeader(KvCacheConnectorScheduler):
 
     def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
         """TensorRT-LLM has allocated the request's blocks."""
-        self._side.allocated(request, block_ids)
+        self._side.allocated(request, [block_ids])
 
     def update_state_after_alloc_by_layer_group(
         self, request: Any, block_ids_by_layer_group: list[list[int]]
     ) -> None:
         """The same, of a cache that has groups of layers."""
-        self._side.allocated(request, _only(block_ids_by_layer_group))
+        self._side.allocated(request, block_ids_by_layer_group)
 
     def build_connector_meta(self, scheduler_output: Any) -> Commands:
         """The step's commands for all ranks."""
@@ -75,8 +75,11 @@ class KvbmConnectorLeader(KvCacheConnectorScheduler):
         self, request: Any, cache_block_ids_by_layer_group: list[list[int]]
     ) -> bool:
         """The same, of a cache that has groups of layers."""
-        _only(cache_block_ids_by_layer_group)
         return self._side.finished(request)
+
+    def request_reset(self, request: Any) -> None:
+        """TensorRT-LLM has taken the request's blocks away; it will be told of it as if new."""
+        self._side.reset(request)
 
     def wait_for_initialization(self) -> None:
         """Nothing to wait for: the ranks have met while the KV pool was registered."""
@@ -109,7 +112,7 @@ class KvbmConnectorWorker(KvCacheConnectorWorker):
 
     def register_kv_cache_layout(self, layout: Any) -> None:
         """The same, where TensorRT-LLM describes its pools."""
-        self._open(trtllm_layout.pool_of_layout(layout))
+        self._open(trtllm_layout.pool_of_layout(layout, self._args))
 
     def _open(self, pool: trtllm_layout.Pool) -> None:
         leader = _leaders.get(id(self._args))
@@ -121,7 +124,7 @@ class KvbmConnectorWorker(KvCacheConnectorWorker):
             count = self._ranks.count
             who = trtllm_layout.identify(self._args, pool, count, release(), self._settings)
             try:
-                leader.open(who, count, pool.block_tokens)
+                leader.open(who, count, pool)
             except KvbmError as error:
                 if count == 1:
                     raise
@@ -137,6 +140,7 @@ class KvbmConnectorWorker(KvCacheConnectorWorker):
         """Begins loads; they end in some later step."""
         commands = self.get_connector_meta()
         if commands is not None:
+            self._clear_connector_meta()  # a step without new metadata must not begin it again
             self._side.start_loads(commands)
 
     def wait_for_layer_load(self, layer_idx: int, stream: torch.cuda.Stream) -> None:
@@ -175,13 +179,3 @@ class DynamoKVBMConnectorWorker(KvbmConnectorWorker):
 
 def _nothing() -> None:
     pass
-
-
-def _only(by_group: list[list[int]]) -> list[int]:
-    """The blocks of the one group of layers."""
-    if len(by_group) != 1:
-        raise LayoutError(
-            f"a request has blocks in {len(by_group)} groups of layers, and this version caches "
-            "one: serve this model without the connector"
-        )
-    return by_group[0]

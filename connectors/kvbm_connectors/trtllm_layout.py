@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,23 +40,33 @@ REFUSED_OF_CACHE: dict[str, tuple[object, str]] = {
         0,
         "set it to 0, and DYN_KVBM_CPU_CACHE_GB instead: to a host cache blocks move unseen",
     ),
-    "max_attention_window": (
-        None,
-        "leave it out: blocks that leave a window cannot be cached yet",
-    ),
 }
 """The same, of `kv_cache_config`."""
+
+NO_SCRATCH = (
+    "set it to false: with it, blocks that a window will have passed share a page while a prompt "
+    "is computed, and the connector is not told which"
+)
+NO_WINDOW = (
+    "leave it out, or set use_kv_cache_manager_v2: the older manager does not say which blocks "
+    "have left a window"
+)
 
 
 class Pool(NamedTuple):
     """The KV memory of one rank, by block."""
 
     regions: dict[str, torch.Tensor]
-    """Each has one row of bytes for every block."""
-    blocks: int
+    """Each has one row of bytes for every block of its group."""
+    groups: tuple[tuple[str, ...], ...]
+    """The regions by the block table that numbers their blocks."""
+    blocks: tuple[int, ...]
+    """By group."""
     block_tokens: int
     shape: list[Any]
     """What of its form must be equal for bytes to be exchangeable."""
+    windowed: bool = False
+    """Whether blocks leave a request's table while it runs."""
 
 
 class Identity(NamedTuple):
@@ -88,7 +98,10 @@ def pool_of_tensor(tensor: torch.Tensor, args: Any) -> Pool:
 
     Raises:
         LayoutError: its blocks are not one run of bytes each.
+        SettingError: blocks leave it, and this form of the interface does not say which.
     """
+    if window := getattr(args.kv_cache_config, "max_attention_window", None):
+        raise SettingError("kv_cache_config.max_attention_window", window, NO_WINDOW)
     if tensor.dim() < 2 or not tensor.is_contiguous():
         raise LayoutError(
             f"the KV pool has shape {tuple(tensor.shape)} and strides {tensor.stride()}, where "
@@ -97,38 +110,49 @@ def pool_of_tensor(tensor: torch.Tensor, args: Any) -> Pool:
     tokens = getattr(args.kv_cache_config, "tokens_per_block", None) or DEFAULT_BLOCK_TOKENS
     shape = [str(tensor.dtype), list(tensor.shape[1:])]
     rows = tensor.reshape(tensor.shape[0], -1)
-    return Pool({"pool": rows}, tensor.shape[0], int(tokens), shape)
+    return Pool({"pool": rows}, (("pool",),), (tensor.shape[0],), int(tokens), shape)
 
 
-def pool_of_layout(layout: Any) -> Pool:
-    """The pools that newer releases describe.
+def pool_of_layout(layout: Any, args: Any) -> Pool:
+    """The pools that newer releases describe: each group of layers numbers its own blocks.
 
     Raises:
-        LayoutError: there are several groups of layers, or blocks leave them.
+        LayoutError: a group has no memory, or another number than its place says.
+        SettingError: pages of a window are used twice, and it is not told which.
     """
-    if len(layout.groups) != 1:
+    groups = layout.groups
+    if [int(group.layer_group_id) for group in groups] != list(range(len(groups))) or not groups:
         raise LayoutError(
-            f"the model's layers are in {len(layout.groups)} groups with blocks of their own, and "
-            "this version caches one: serve this model without the connector"
+            f"the model's groups of layers are numbered "
+            f"{[int(group.layer_group_id) for group in groups]}, where 0, 1, … is needed to tell "
+            "whose blocks are whose: serve this model without the connector"
         )
-    (group,) = layout.groups
-    if group.window_size is not None:
-        raise LayoutError(
-            f"the model attends to a window of {group.window_size} tokens, and blocks that leave "
-            "it cannot be cached yet: serve this model without the connector"
-        )
-    regions = (*group.regions, *group.replicated_regions)
-    (blocks,) = {region.num_slots for region in regions}
-    shape = [
+    windowed = any(group.window_size is not None for group in groups)
+    if windowed and getattr(args.kv_cache_config, "enable_swa_scratch_reuse", False):
+        raise SettingError("kv_cache_config.enable_swa_scratch_reuse", True, NO_SCRATCH)
+    regions = [(*group.regions, *getattr(group, "replicated_regions", ())) for group in groups]
+    blocks = [{int(region.num_slots) for region in each} for each in regions]
+    if any(len(counts) != 1 for counts in blocks):
+        raise LayoutError("a group of layers has no memory, or not the same number of blocks in it")
+    named = [
+        {f"group {group} region {at}": region.as_tensor() for at, region in enumerate(each)}
+        for group, each in enumerate(regions)
+    ]
+    return Pool(
+        {name: tensor for each in named for name, tensor in each.items()},
+        tuple(tuple(each) for each in named),
+        tuple(count for counts in blocks for count in counts),
+        int(layout.tokens_per_block),
+        [[group.window_size, _form(each)] for group, each in zip(groups, regions, strict=True)],
+        windowed,
+    )
+
+
+def _form(regions: Iterable[Any]) -> list[Any]:
+    return [
         [region.size, [[ref.layer_id, ref.role, ref.expansion] for ref in region.buffers]]
         for region in regions
     ]
-    return Pool(
-        {f"region {number}": region.as_tensor() for number, region in enumerate(regions)},
-        int(blocks),
-        int(layout.tokens_per_block),
-        shape,
-    )
 
 
 def identify(args: Any, pool: Pool, ranks: int, release: str, settings: Settings) -> Identity:

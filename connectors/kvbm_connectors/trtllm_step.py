@@ -15,6 +15,8 @@ class Commands:
     commands: StepCommands
     nothing_to_load: tuple[int, ...] = ()
     """Requests that wait for a load of which TensorRT-LLM, having asked, wanted nothing."""
+    saves_first: bool = False
+    """The step writes to blocks that are being saved: nothing may begin before that is done."""
 
 
 @dataclass(frozen=True)

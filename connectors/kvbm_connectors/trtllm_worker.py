@@ -57,6 +57,8 @@ class WorkerSide:
         self._aborted: set[int] = set()
         """Those of them that nobody waits for any more."""
         self._unserved: tuple[str, ...] = ()
+        self._collected: tuple[StepResults, ...] = ()
+        """What was finished before the step's end, where all ranks tell each other."""
 
     def open(self, pool: Pool, identity: Identity, weights: str, leader: LeaderSide | None) -> None:
         """The engine has a KV pool: allocate the tiers that go with it.
@@ -80,7 +82,9 @@ class WorkerSide:
         rank = RankId(scope, node, number, self._ranks.count, instance, weights)
         connect = over_nats(self._settings, f"kvbm worker {node} rank {number}", node)
         try:
-            self._worker = start_worker(self._settings, rank, pool.regions, pool.blocks, connect)
+            self._worker = start_worker(
+                self._settings, rank, pool.regions, pool.blocks, connect, pool.groups
+            )
         except KvbmError as error:
             if self._ranks.count == 1:
                 raise
@@ -96,10 +100,20 @@ class WorkerSide:
     def start_loads(self, step: Commands) -> None:
         """Begin to fill blocks of waiting requests."""
         self._loaded.update(step.nothing_to_load)
+        if step.saves_first:
+            self._finish_saves()
         commands = step.commands
         self.worker.submit(msgspec.structs.replace(commands, saves=()))
         if commands.saves:
             self._saves = StepCommands(saves=commands.saves, meant=commands.meant)
+
+    def _finish_saves(self) -> None:
+        """Wait: what is being saved is about to be overwritten. A copy always comes to an end."""
+        while self._begun:
+            collected = self._collect()
+            self._collected += collected
+            if not collected:
+                time.sleep(POLL_SECONDS)
 
     def start_saves(self) -> None:
         """The forward pass is under way or done: copy the blocks it fills, after it."""
@@ -153,7 +167,8 @@ class WorkerSide:
         next one to see the blocks of the last, its last step stays until they are saved.
         """
         last = self._leader is not None and self._leader.nothing_but_saves
-        own = Report(self._collect(), self._unserved, last)
+        early, self._collected = self._collected, ()
+        own = Report(early + self._collect(), self._unserved, last)
         reports = self._ranks.gather(own)
         if reports[0].last:
             late = Report(self._collect_saves())

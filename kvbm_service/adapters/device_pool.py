@@ -12,26 +12,28 @@ from kvbm_service.errors import LayoutError
 
 def regions(
     kv_caches: Mapping[str, torch.Tensor],
-    num_blocks: int,
+    num_blocks: int | Sequence[int],
     groups: Sequence[Collection[str]] = (),
 ) -> list[Region]:
     """The pieces that every block of this device pool has, in the order of the layers.
 
     `groups` are the names of the layers that share a block table, if there are several tables:
-    then pieces come group by group. Layers of different groups may lie over the same memory.
+    then pieces come group by group. Layers of different groups may lie over the same memory, or
+    have pools of their own: `num_blocks` is then by group.
 
     Raises:
         LayoutError: a layer belongs to no group, or see `_regions_of_group`.
     """
+    counts = [num_blocks] * max(1, len(groups)) if isinstance(num_blocks, int) else num_blocks
     if len(groups) < 2:
-        return _regions_of_group(kv_caches, num_blocks)
+        return _regions_of_group(kv_caches, counts[0])
     if stray := set(kv_caches).difference(*groups):
         raise LayoutError(f"layer {min(stray)} is in no KV cache group")
     return [
         region._replace(group=number)
-        for number, names in enumerate(groups)
+        for number, (names, count) in enumerate(zip(groups, counts, strict=True))
         for region in _regions_of_group(
-            {layer: tensor for layer, tensor in kv_caches.items() if layer in names}, num_blocks
+            {layer: tensor for layer, tensor in kv_caches.items() if layer in names}, count
         )
     ]
 

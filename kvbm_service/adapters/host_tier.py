@@ -54,6 +54,10 @@ class HostTier:
         self._strides = np.array([region.stride for region in regions], np.uint64)
         self._group_of = np.array([region.group for region in regions])
         self._groups = 1 + int(self._group_of.max())
+        self._blocks_of_group = [
+            min((region.blocks for region in regions if region.group == group), default=0)
+            for group in range(self._groups)
+        ]
         self._lengths = np.array(slab.parts, np.uint64)
         self._offsets = np.array(slab.offsets, np.uint64)
         self.lent = LentBlocks(self._device_blocks)
@@ -193,8 +197,9 @@ class HostTier:
             return
         if device.size != len(device) * self._groups:
             raise TransferError(f"a device block has not {self._groups} numbers, one per group")
-        if bool(((device >= self._device_blocks) & (device != NO_BLOCK)).any()):
-            raise TransferError(f"a device block is not below {self._device_blocks}")
+        rows = device.reshape(len(device), self._groups)
+        if bool(((rows >= self._blocks_of_group) & (rows != NO_BLOCK)).any()):
+            raise TransferError(f"a device block is not below {self._blocks_of_group}, by group")
 
     def check_whole(self, device: Indices) -> None:
         """Refuse device blocks that lack parts: what is saved is saved whole.

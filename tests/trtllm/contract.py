@@ -78,18 +78,18 @@ class Manager:
         assert isinstance(later, bool)
         assert tokens or not later, "nothing is loaded, and yet later"
         assert tokens % BLOCK_TOKENS == 0
-        assert computed + tokens < request.prompt_len, "the last token has to be computed"
+        assert computed + tokens < len(request.tokens), "the last token has to be computed"
         if later:
             self._new_loading.add(request.request_id)
         return tokens
 
-    def allocated(self, request: Any, blocks: list[int]) -> None:
+    def allocated(self, request: Any, tables: list[list[int]]) -> None:
         if self.leader is None:
             return
         if self._form.by_group:
-            self.leader.update_state_after_alloc_by_layer_group(request, [list(blocks)])
+            self.leader.update_state_after_alloc_by_layer_group(request, tables)
         else:
-            self.leader.update_state_after_alloc(request, list(blocks))
+            self.leader.update_state_after_alloc(request, *tables)
 
     def is_parked(self, request: Any) -> bool:
         return request.request_id in self._new_loading
@@ -97,9 +97,10 @@ class Manager:
     def start(self) -> None:
         """The step's metadata on all ranks, and its loads."""
         assert self._phase == "idle"
-        metadata = self._on_leader(lambda: self.leader.build_connector_meta(self.output))
-        self.output = None
-        self.worker.bind_connector_meta(metadata)
+        if self.output is not None:
+            metadata = self._on_leader(lambda: self.leader.build_connector_meta(self.output))
+            self.output = None
+            self.worker.bind_connector_meta(metadata)
         self.worker.start_load_kv(self.stream)
         self._phase = "started"
 
@@ -113,15 +114,21 @@ class Manager:
     def computed(self) -> None:
         self.worker.wait_for_save(self.stream)
 
-    def finished(self, request: Any, blocks: list[int]) -> bool:
+    def reset(self, request: Any) -> None:
+        """The request's blocks are gone; it will be asked about, and told of, as if new."""
+        self._asked.discard(request.request_id)
+        if self.leader is not None and hasattr(self.leader, "request_reset"):
+            self.leader.request_reset(request)
+
+    def finished(self, request: Any, tables: list[list[int]]) -> bool:
         """Whether the request's blocks have to stay."""
         self._asked.discard(request.request_id)
 
         def ask() -> bool:
             if self._form.by_group:
-                answer = self.leader.request_finished_by_layer_group(request, [list(blocks)])
+                answer = self.leader.request_finished_by_layer_group(request, tables)
             else:
-                answer = self.leader.request_finished(request, list(blocks))
+                answer = self.leader.request_finished(request, *tables)
             assert isinstance(answer, bool)
             return answer
 

@@ -16,7 +16,7 @@ from tests.trtllm.contract import Manager
 from tests.trtllm.executor import Executor, Request, same_everywhere
 from tests.trtllm.forms import Form
 from tests.trtllm.mpi import World
-from tests.trtllm.pool import BLOCK_TOKENS
+from tests.trtllm.pool import BLOCK_TOKENS, Windows
 
 PATIENCE_SECONDS = 30.0
 
@@ -52,6 +52,7 @@ class Engine:
         environment: dict[str, str],
         ranks: int = 1,
         blocks: int = 64,
+        windows: Windows = (None,),
         described: dict[str, Any] | None = None,
         **changed: Any,
     ) -> None:
@@ -67,7 +68,7 @@ class Engine:
             worker = connector.DynamoKVBMConnectorWorker(args)
             leader = connector.DynamoKVBMConnectorLeader(args) if rank == 0 else None
             self._made.extend(each for each in (leader, worker) if each is not None)
-            executor = Executor(form, Manager(form, worker, leader), rank, blocks)
+            executor = Executor(form, Manager(form, worker, leader), rank, blocks, windows)
             executor.manager.register(executor.memory, **(described or {}))
             worker_service = worker._side.worker
             worker_service._mover = Gate(worker_service._mover, executor.memory.scribble)
@@ -119,6 +120,10 @@ class Engine:
     def abort(self, number: int) -> None:
         """A client goes away."""
         self._world.on_all(lambda rank: self.ranks[rank].end(self.ranks[rank].requests[number]))
+
+    def pause(self, number: int) -> None:
+        """The engine takes this request's blocks away; it begins again in the next step."""
+        self._world.on_all(lambda rank: self.ranks[rank].pause(self.ranks[rank].requests[number]))
 
     def request(self, number: int) -> Request:
         return self.ranks[0].requests[number]

@@ -9,11 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvbm_schemas.step import NO_BLOCK
 from tests.connectors.computation import Digests
 
 BLOCK_TOKENS = 4
 LAYERS = 3
 RUBBISH = 0xEEEEEEEEEEEEEEEE
+
+NO_PAGE = -1
+"""What TensorRT-LLM's tables have where a group has no page for a block."""
+
+Tables = Sequence[Sequence[int]]
+"""A request's blocks, by group of layers."""
+
+Windows = tuple[int | None, ...]
+"""By group of layers, how many positions they attend to; None: to all."""
 
 Prefix = tuple[object, ...]
 """What a block is found by on the device: salt, LoRA, all tokens up to its end."""
@@ -68,48 +78,97 @@ class Layout:
 
 
 class KvMemory:
-    """The bytes: for each position in a block one digest per layer, keys and values alike."""
+    """The bytes: for each position in a block one digest per layer, keys and values alike.
 
-    def __init__(self, blocks: int, rank: int) -> None:
-        self.tensor = torch.zeros((blocks, LAYERS, 2, BLOCK_TOKENS), dtype=torch.int64)
-        self._digests = self.tensor.numpy().view(np.uint64)
-        twist = np.arange(2 * LAYERS, dtype=np.uint64).reshape(LAYERS, 2, 1)
+    Each group of layers has blocks of its own, as many as no other: whoever takes the number of
+    one for that of another is noticed.
+    """
+
+    def __init__(self, blocks: int, rank: int, windows: Windows) -> None:
+        self.windows = windows
+        self.counts = [blocks + 5 * group for group in range(len(windows))]
+        self._layers = [range(group, LAYERS, len(windows)) for group in range(len(windows))]
+        self._pools = [
+            torch.zeros((count, len(layers), 2, BLOCK_TOKENS), dtype=torch.int64)
+            for count, layers in zip(self.counts, self._layers, strict=True)
+        ]
+        self._digests = [pool.numpy().view(np.uint64) for pool in self._pools]
+        twist = np.arange(2 * LAYERS, dtype=np.uint64).reshape(LAYERS, 2)
         self._twist = twist * np.uint64(1_000_003) + np.uint64(rank * 7_919)
 
-    def write_layer(self, layer: int, blocks: Sequence[int], first: int, digests: Digests) -> None:
+    @property
+    def tensor(self) -> torch.Tensor:
+        """All of it, where it is one pool."""
+        (pool,) = self._pools
+        return pool
+
+    def _at(self, layer: int) -> tuple[int, int]:
+        """The layer's group, and its place in there."""
+        return layer % len(self.windows), layer // len(self.windows)
+
+    def needed(self, group: int, computed: int) -> int:
+        """The first block that this group needs to go on after `computed` positions."""
+        window = self.windows[group]
+        return 0 if window is None else max(0, computed - window + 1) // BLOCK_TOKENS
+
+    def write_layer(self, layer: int, tables: Tables, first: int, digests: Digests) -> None:
         """The forward pass of one layer has computed the positions from `first` on."""
+        group, place = self._at(layer)
         for position, digest in enumerate(digests, first):
-            block, at = blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS
-            self._digests[block, layer, :, at] = digest ^ self._twist[layer, :, 0]
+            block, at = tables[group][position // BLOCK_TOKENS], position % BLOCK_TOKENS
+            assert block != NO_PAGE, f"position {position} has no page in group {group}"
+            self._digests[group][block, place, :, at] = digest ^ self._twist[layer]
 
-    def check(self, blocks: Sequence[int], digests: Digests, who: str) -> None:
-        """What attention would read: every position of these blocks, in every layer."""
-        for position, digest in enumerate(digests):
-            block, at = blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS
-            right = (self._digests[block, :, :, at] == (digest ^ self._twist[:, :, 0])).all()
-            assert right, f"{who}: position {position}, in block {block}, is computed from rubbish"
+    def check(self, tables: Tables, digests: Digests, who: str) -> None:
+        """What attention would read: every position that is in some layer's window."""
+        for layer in range(LAYERS):
+            group, place = self._at(layer)
+            first = self.needed(group, len(digests)) * BLOCK_TOKENS
+            window = self.windows[group]
+            if window is not None:
+                first = max(first, len(digests) - window + 1)
+            for position, digest in enumerate(digests[first:], first):
+                block, at = tables[group][position // BLOCK_TOKENS], position % BLOCK_TOKENS
+                right = self._digests[group][block, place, :, at] == digest ^ self._twist[layer]
+                assert block != NO_PAGE, f"{who}: position {position} has no page"
+                assert right.all(), (
+                    f"{who}: position {position} of layer {layer}, in block {block} of group "
+                    f"{group}, is computed from rubbish"
+                )
 
-    def last(self, blocks: Sequence[int], length: int) -> int:
+    def last(self, tables: Tables, length: int) -> int:
         """The digest at the last of `length` positions, as layer 0 has it."""
-        block, at = blocks[(length - 1) // BLOCK_TOKENS], (length - 1) % BLOCK_TOKENS
-        return int(self._digests[block, 0, 0, at] ^ self._twist[0, 0, 0])
+        block, at = tables[0][(length - 1) // BLOCK_TOKENS], (length - 1) % BLOCK_TOKENS
+        return int(self._digests[0][block, 0, 0, at] ^ self._twist[0, 0])
 
-    def scribble(self, blocks: Sequence[int]) -> None:
-        """These blocks are somebody else's now."""
-        self._digests[list(blocks)] = RUBBISH
+    def scribble(self, rows: Sequence[Sequence[int]]) -> None:
+        """These blocks, each a row of one per group, are somebody else's now."""
+        for group, pages in enumerate(np.asarray(rows, np.int64).reshape(-1, len(self.windows)).T):
+            self.scribble_in(group, [page for page in pages.tolist() if page not in (-1, NO_BLOCK)])
 
-    def layout(self, groups: int = 1, window: int | None = None) -> Layout:
+    def scribble_in(self, group: int, pages: Sequence[int]) -> None:
+        self._digests[group][list(pages)] = RUBBISH
+
+    def layout(self, numbered_from: int = 0) -> Layout:
         """The same memory, described: keys and values of a layer are a region each."""
-        blocks = self.tensor.shape[0]
-        octets = self.tensor.view(torch.uint8).reshape(blocks, LAYERS, 2, -1)
-        regions = tuple(
-            Region(octets[:, layer, half], (Buffer(layer, role),))
-            for layer in range(LAYERS)
+        return Layout(
+            BLOCK_TOKENS,
+            tuple(
+                Group(group + numbered_from, tuple(layers), window, self._regions(group))
+                for group, (layers, window) in enumerate(
+                    zip(self._layers, self.windows, strict=True)
+                )
+            ),
+        )
+
+    def _regions(self, group: int) -> tuple[Region, ...]:
+        pool = self._pools[group]
+        octets = pool.view(torch.uint8).reshape(pool.shape[0], pool.shape[1], 2, -1)
+        return tuple(
+            Region(octets[:, place, half], (Buffer(layer, role),))
+            for place, layer in enumerate(self._layers[group])
             for half, role in enumerate(("key", "value"))
         )
-        layers = tuple(range(LAYERS))
-        each = tuple(Group(g, layers, window, regions) for g in range(groups))
-        return Layout(BLOCK_TOKENS, each)
 
 
 class Blocks:
@@ -125,14 +184,17 @@ class Blocks:
         return len(self._free)
 
     def find(self, prefixes: Sequence[Prefix]) -> list[int]:
-        """The blocks of the longest cached prefix, which are used once more now."""
+        """The blocks of the longest cached prefix."""
         found: list[int] = []
         for prefix in prefixes:
             if prefix not in self._cached:
                 break
             found.append(self._cached[prefix])
-        self._users.update(found)
         return found
+
+    def use(self, blocks: Sequence[int]) -> None:
+        """These are used once more."""
+        self._users.update(blocks)
 
     def take(self, count: int) -> list[int]:
         """Free blocks; those that are cached, and nobody uses, give way."""
@@ -144,13 +206,18 @@ class Blocks:
         self._users.update(taken)
         return taken
 
+    def is_used(self, block: int) -> bool:
+        return self._users[block] > 0
+
     def keep(self, prefixes: Sequence[Prefix], blocks: Sequence[int]) -> None:
         """These blocks are computed, and may be reused."""
         for prefix, block in zip(prefixes, blocks, strict=False):
-            self._cached.setdefault(prefix, block)
+            if block != NO_PAGE:
+                self._cached.setdefault(prefix, block)
 
     def leave(self, blocks: Sequence[int]) -> list[int]:
         """A request uses them no more. Returns those that are free now."""
+        blocks = [block for block in blocks if block != NO_PAGE]
         self._users.subtract(blocks)
         cached = set(self._cached.values())
         freed = [block for block in blocks if not self._users[block] and block not in cached]

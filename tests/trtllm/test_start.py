@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from kvbm_service.errors import LayoutError, SettingError
+from tests.trtllm.conftest import ALONE
 from tests.trtllm.engine import Engine, arguments
+from tests.trtllm.executor import Request
 from tests.trtllm.forms import Form
 
 PROMPT = [17 * i % 401 for i in range(50)]
@@ -26,7 +28,6 @@ ROOT = Path(__file__).parents[2]
         ({"cache": {"enable_partial_reuse": True}}, "enable_partial_reuse: false"),
         ({"cache": {"enable_block_reuse": False}}, "leave it on"),
         ({"cache": {"host_cache_size": 1 << 30}}, "DYN_KVBM_CPU_CACHE_GB"),
-        ({"cache": {"max_attention_window": [512]}}, "leave it out"),
         ({"pipeline_parallel_size": 2}, "pipelines"),
         ({"context_parallel_size": 2}, "set it to 1"),
         ({"enable_attention_dp": True}, "set it to false"),
@@ -47,25 +48,30 @@ def test_arguments_that_a_release_does_not_have_are_not_missed(form: Form) -> No
     form.connector.KvbmConnectorLeader(args).shutdown()
 
 
-@pytest.mark.parametrize(
-    ("described", "reason"), [({"groups": 2}, "in 2 groups"), ({"window": 512}, "window of 512")]
-)
-def test_pools_that_cannot_be_served_are_refused(
-    loaded: dict[str, Form], described: dict[str, Any], reason: str
+def test_a_window_is_refused_where_nobody_says_what_has_left_it(loaded: dict[str, Form]) -> None:
+    with pytest.raises(SettingError, match="use_kv_cache_manager_v2"):
+        Engine(loaded["release_1_2"], ALONE, cache={"max_attention_window": [512]})
+
+
+def test_pages_that_a_window_shares_are_refused(loaded: dict[str, Form]) -> None:
+    with pytest.raises(SettingError, match="enable_swa_scratch_reuse"):
+        Engine(loaded["newest"], ALONE, windows=(None, 8), cache={"enable_swa_scratch_reuse": True})
+
+
+def test_groups_of_layers_that_are_numbered_otherwise_are_refused(loaded: dict[str, Form]) -> None:
+    with pytest.raises(LayoutError, match=r"are numbered \[1, 2\]"):
+        Engine(loaded["newest"], ALONE, windows=(None, 8), described={"numbered_from": 1})
+
+
+def test_a_request_with_other_groups_than_the_pool_has_is_refused(
+    make_engine: Callable[..., Engine],
 ) -> None:
-    with pytest.raises(LayoutError, match=reason):
-        Engine(loaded["newest"], {}, described=described)
-
-
-def test_a_request_with_several_groups_of_layers_is_refused(loaded: dict[str, Form]) -> None:
-    leader = loaded["newest"].connector.KvbmConnectorLeader(arguments())
-    try:
-        with pytest.raises(LayoutError, match="2 groups of layers"):
-            leader.update_state_after_alloc_by_layer_group(None, [[1], [2]])
-        with pytest.raises(LayoutError, match="2 groups of layers"):
-            leader.request_finished_by_layer_group(None, [[1], [2]])
-    finally:
-        leader.shutdown()
+    engine = make_engine()
+    request = Request(request_id=1, tokens=PROMPT, max_new=1)
+    engine.leader.get_num_new_matched_tokens(request, 0)
+    with pytest.raises(LayoutError, match="in 2 groups of layers"):
+        engine.leader._side.allocated(request, [[1], [2]])
+    engine.leader.request_finished(request, [])
 
 
 def test_blocks_of_too_low_a_priority_are_not_kept(make_engine: Callable[..., Engine]) -> None:
