@@ -90,20 +90,42 @@ def test_a_device_with_less_room_than_was_promised_computes_the_rest(
     assert engine.run(PROMPT).matched == FULL
 
 
-def test_a_block_that_a_window_has_passed_is_not_saved_from_where_it_was(
+def test_a_block_that_was_not_saved_in_its_step_is_not_saved_when_a_window_has_passed_it(
     make_hybrid: MakeEngine,
 ) -> None:
-    """Saves may hold half of the pool, so much is offered late: then its pages are others'."""
-    engine = make_hybrid(blocks=24)
+    engine = make_hybrid(windows=(6,), blocks=16)  # saves may hold 8 blocks
     engine.gate().saves.close()
-    number = engine.submit(PROMPT, max_new=10)
+    engine.submit(PROMPT, max_new=10)
     for _ in range(2):
         engine.step()
     engine.gate().saves.open()
+    engine.submit([400, *PROMPT[:39]])
     engine.step_until(lambda: engine.at_rest)
-    assert engine.request(number).state is State.DONE
     engine.forget_cached()
+    assert engine.run([*PROMPT[:44], 400]).matched == 32
+
+
+def leave_room(engine: Engine, pages: int) -> None:
+    """All pages but the last few of every group are somebody else's."""
+    for rank in engine.ranks:
+        for pool in rank.pools:
+            pool.take(pool.free - pages)
+
+
+def give_back(engine: Engine) -> None:
+    """Undo `leave_room`, of an engine at rest."""
+    for rank in engine.ranks:
+        for pool, count in zip(rank.pools, rank.memory.counts, strict=True):
+            pool.leave([page for page in range(count) if pool.is_used(page)])
+
+
+def test_every_group_has_pages_of_its_own_up_to_the_last(make_hybrid: MakeEngine) -> None:
+    engine = make_hybrid()
+    leave_room(engine, 14)
     engine.run(PROMPT)
+    engine.forget_cached()
+    assert engine.run(PROMPT).matched == FULL
+    give_back(engine)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -111,9 +133,7 @@ def test_a_step_that_writes_to_what_is_being_saved_waits_for_that(
     make_hybrid: MakeEngine, ranks: int
 ) -> None:
     engine = make_hybrid(ranks=ranks, windows=(6,))
-    for rank in engine.ranks:
-        pool = rank.pools[0]
-        pool.take(pool.free - 16)  # all but a few are somebody else's
+    leave_room(engine, 16)
     slow = engine.gate(ranks - 1).saves
     slow.close()
     first = engine.submit(PROMPT[:28], max_new=20)
@@ -128,9 +148,7 @@ def test_a_step_that_writes_to_what_is_being_saved_waits_for_that(
     for number in (first, second):
         request = engine.request(number)
         assert request.generated == request.text.generated(request.max_new)
-    for rank in engine.ranks:
-        taken = [p for p in range(rank.memory.counts[0]) if rank.pools[0].is_used(p)]
-        rank.pools[0].leave(taken)
+    give_back(engine)
     engine.forget_cached()
     assert engine.run(PROMPT[:28]).matched
     engine.forget_cached()
@@ -184,9 +202,7 @@ def test_a_paused_request_gives_its_blocks_away_at_once_and_nothing_wrong_is_kep
     make_hybrid: MakeEngine, windows: tuple[int | None, ...], ranks: int
 ) -> None:
     engine = make_hybrid(ranks=ranks, windows=windows)
-    for rank in engine.ranks:
-        for pool in rank.pools:
-            pool.take(pool.free - 20)
+    leave_room(engine, 20)
     slow = engine.gate(ranks - 1).saves
     slow.close()
     first = engine.submit(PROMPT, max_new=8)
@@ -199,8 +215,6 @@ def test_a_paused_request_gives_its_blocks_away_at_once_and_nothing_wrong_is_kep
     let_go.join()
     engine.step_until(lambda: engine.at_rest)
     assert engine.request(first).generated == engine.request(first).text.generated(8)
-    for rank in engine.ranks:
-        for pool, count in zip(rank.pools, rank.memory.counts, strict=True):
-            pool.leave([page for page in range(count) if pool.is_used(page)])
+    give_back(engine)
     engine.forget_cached()
     assert engine.run(PROMPT).matched == FULL

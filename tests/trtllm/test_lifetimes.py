@@ -128,6 +128,26 @@ def test_a_load_that_fails_harms_nobody_when_its_request_was_aborted(
     assert engine.run(PROMPT).matched == FULL - 2 * 4
 
 
+def test_a_step_without_new_metadata_does_not_begin_the_last_one_again(
+    make_engine: Callable[..., Engine],
+) -> None:
+    engine = make_engine()
+    engine.run(PROMPT)
+    engine.forget_cached()
+    gate = engine.gate()
+    gate.loads.close()
+    number = engine.submit(PROMPT)
+    engine.step()
+    manager = engine.ranks[0].manager
+    # TensorRT-LLM binds nothing when it has scheduled nothing.
+    engine._world.on_all(lambda rank: manager.start())
+    engine._world.on_all(lambda rank: manager.take_finished())
+    gate.loads.open()
+    engine.step_until(lambda: engine.at_rest)
+    assert engine.request(number).matched == FULL
+    assert gate.loads.calls == 1
+
+
 def test_a_rank_that_cannot_start_ends_all_of_them_with_its_reason(
     make_engine: Callable[..., Engine],
 ) -> None:
