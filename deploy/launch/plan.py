@@ -154,7 +154,7 @@ def _transfer(connector: str, role: str) -> dict[str, object]:
     if connector == "none":
         return {}
     if connector == "nixl":
-        return {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+        return {"kv_connector": "NixlConnector", "kv_role": KV_ROLES[role]}
     return {
         "kv_connector": "KvbmConnector",
         "kv_connector_module_path": "kvbm_connectors.vllm",
