@@ -12,7 +12,7 @@ Where the blocks are read from, is decided at the beginning:
                     arrives. Whoever names the lease gets an ordinary one (lending.py) once
                     nothing is being saved any more.
 
-Whoever names a lease too early waits, as for a disk, and no longer.
+Whoever names a lease too early waits, for longer than for a disk, and not for ever.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class HandOvers:
             return Refused(reason=UNKNOWN)
         if one.ready:
             return self._answer(one, hashes, question, epoch, now)
-        answer_by = now + self._limits.staging_seconds * ANSWER_MARGIN
+        answer_by = now + self._limits.hand_over_seconds * ANSWER_MARGIN
         one.claims.append(_Claim(question, hashes, answer_by))
         return None
 

@@ -82,7 +82,9 @@ class Leader:
             self.lending,
             self.lent,
             self.outbox.effects,
-            LendingLimits(limits.lease_seconds, limits.staging_seconds),
+            LendingLimits(
+                limits.lease_seconds, limits.staging_seconds, limits.hand_over_seconds
+            ),
         )
         self.spills = Spills(self.tiers, self.orders, limits.spill, self._new_filter())
         self._hot = OffloadFilter(2, limits.decay_seconds, limits.filter_entries)
@@ -133,7 +135,7 @@ class Leader:
         """How many blocks after the first `computed` can be loaded; None: ask again.
 
         May be asked any number of times. Answers within two lookup deadlines, and the staging
-        deadline if blocks are on another node's disk.
+        deadline if blocks are on another node's disk, or that of a hand-over.
         """
         if not self.crew.whole:
             return self.lookups.nothing(request)

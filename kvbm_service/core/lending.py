@@ -35,6 +35,8 @@ class LendingLimits(NamedTuple):
     lease_seconds: float = 30.0
     staging_seconds: float = 0.2
     """How long a lease request may wait for the disk."""
+    hand_over_seconds: float = 2.0
+    """How long it may wait for what is being handed over."""
 
 
 class _Staged(NamedTuple):

@@ -20,6 +20,9 @@ class Limits(NamedTuple):
     """Device blocks that may be lent to decode engines at a time. 0: none is."""
     staging_seconds: float = 0.2
     """How much longer an owner may take whose blocks are on its disk."""
+    hand_over_seconds: float = 2.0
+    """How much longer an owner may take that hands blocks over. Its engine may be in the midst of
+    a long step, and all of the prompt would have to be computed again."""
     disk_only: bool = False
     """Save to disk at once; the host tier only serves other nodes."""
     min_priority: int = 0

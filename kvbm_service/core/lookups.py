@@ -82,7 +82,7 @@ class Lookups:
         """How many blocks after the first `computed` can be loaded; None: ask again.
 
         May be asked any number of times. Answers within two lookup deadlines, and the staging
-        deadline if blocks are on another node's disk.
+        deadline if blocks are on another node's disk, or that of a hand-over.
         """
         reader = self.readers.get(request)
         if reader is None or reader.stage in (Stage.SPENT, Stage.LOADING):
@@ -334,9 +334,8 @@ class Lookups:
             usable = segment.tier is not Tier.DEVICE and self._peers.can_ask(segment.node, now)
             if start != first_gap or not usable or len(plan.parts) >= MAX_PARTS:
                 return
-            lease = self._lease_ahead(reader, segment.node)
-            may_wait = segment.tier is Tier.DISK or bool(lease)
-            plan.parts.append(Part(segment.node, start, stop, may_wait, lease))
+            on_disk, lease = segment.tier is Tier.DISK, self._lease_ahead(reader, segment.node)
+            plan.parts.append(Part(segment.node, start, stop, on_disk, lease))
             for _ in range(stop - start - 1):
                 next(gaps, None)
 
@@ -353,7 +352,7 @@ class Lookups:
         return pinned[-1].end if pinned else start
 
     def _ask_owners(self, request: str, reader: Reader, plan: Plan, now: float) -> None:
-        staging = self._limits.staging_seconds if any(p.may_wait for p in plan.parts) else 0.0
+        staging = max(self._longer(part) for part in plan.parts)
         if staging and reader.patience is not None and not reader.staging:
             reader.patience += staging
             reader.staging = True
@@ -372,6 +371,12 @@ class Lookups:
                     part.handed_over,
                 )
             )
+
+    def _longer(self, part: Part) -> float:
+        """How much more than a lookup's time the owner may take."""
+        if part.handed_over:
+            return self._limits.hand_over_seconds
+        return self._limits.staging_seconds if part.on_disk else 0.0
 
     def _drop_plan(self, reader: Reader) -> None:
         """Let go of everything the plan counted on; the request starts over."""

@@ -94,8 +94,7 @@ class Part:
     node: str
     start: int
     end: int
-    may_wait: bool = False
-    """Whether the owner may have to bring the blocks to where they can be read."""
+    on_disk: bool = False
     handed_over: str = ""
     """The lease, granted ahead, that is named."""
     answered: bool = False

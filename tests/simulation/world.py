@@ -67,6 +67,7 @@ class World:
             transfer_seconds=0.1,
             held_blocks=4,
             staging_seconds=STAGING_SECONDS,
+            hand_over_seconds=STAGING_SECONDS,
             disk_only=self.weather.disk_only and self.weather.disk_slots > 0,
             spill=SpillLimits(batch_blocks=3, batches=2),
             min_frequency=2 if self.weather.filtered else 0,
