@@ -117,7 +117,8 @@ def test_one_who_asks_too_early_does_not_wait_for_ever() -> None:
     owner = Owner()
     owner.hand_over("ab", [5, 6])
     assert owner.claim("ab") is None
-    owner.effects(Answer)
+    owner.leader.tick(HAND_OVER / 2 - 0.1)
+    assert owner.effects(Answer) == [], "its time is longer than a disk's"
     owner.leader.tick(HAND_OVER)
     assert isinstance(owner.effect(Answer).answer, Refused)
 
@@ -369,6 +370,14 @@ def test_if_it_cannot_be_had_the_registry_is_asked(answer: Refused | None) -> No
         answered(rig, answer)
         assert rig.leader.match("r", 0, now=0.0) is None
     rig.effect(AskRegistry)
+
+
+def test_who_hands_blocks_over_may_take_longer_than_a_disk() -> None:
+    rig = reader()
+    assert rig.leader.match("r", 0, now=0.0) is None
+    assert rig.effect(AskOwner).seconds == HAND_OVER + LOOKUP_SECONDS
+    assert rig.leader.match("r", 0, now=HAND_OVER) is None
+    assert rig.effects(AskRegistry) == []
 
 
 def test_an_unknown_node_is_not_asked() -> None:
