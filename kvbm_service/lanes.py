@@ -18,6 +18,9 @@ PROGRESS_SECONDS = 0.002
 """How often an idle lane lets others' connections to us make progress. Over TCP, UCX aborts a
 process that comes back to a queued read after its reader has died, so this is not to be long."""
 
+CLOSING_SECONDS = 0.1
+"""How often `close` looks whether the thread it waits for has been abandoned."""
+
 ABANDONED_SECONDS = 1.0
 """How long `close` waits for a thread that was abandoned: it may hang in the kernel for ever."""
 
@@ -75,7 +78,9 @@ class Lane:
         with self._woken:
             self._closed = True
             self._woken.notify()
-        self._thread.join(ABANDONED_SECONDS if self._abandoned else None)
+        while self._abandoned is None and self._thread.is_alive():
+            self._thread.join(CLOSING_SECONDS)
+        self._thread.join(ABANDONED_SECONDS)
         return not self._thread.is_alive()
 
     def _run(self) -> None:

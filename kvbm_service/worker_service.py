@@ -177,10 +177,10 @@ class WorkerService:
         """Leave the directory, end the lanes, let go of memory and files."""
         if self._presence is not None:
             self._presence.stop()
-        if self._watch is not None:
-            self._watch.close()
         lanes = (self._reads, self._copies, self._lending, self._disk_reads, self._disk_writes)
         ended = [lane.close() for lane in lanes if lane is not None]
+        if self._watch is not None:  # until now: a disk may hang just while its lanes end
+            self._watch.close()
         if not all(ended):
             _log.error("the disk still does not answer: memory and files are left to the kernel")
             return

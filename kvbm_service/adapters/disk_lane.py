@@ -9,7 +9,8 @@ process is killed must not land in memory that a next life of the engine uses.
 
 When a transfer fails, its agent is destroyed before its memory is used again; where that does
 not prove the transfer quiet (disk_agent.py), the memory is given up along with it. A transfer
-that does not end at all gives up the disk: destroying its agent would hang just as long.
+that does not end at all is waited for until somebody gives the disk up (disk_watch.py), and left
+as it is: destroying its agent would hang just as long.
 
 NIXL does not say why a transfer failed. Each of its blocks is then tried once more with a plain
 read or write: that tells the reason, and spares the blocks that are fine.
@@ -51,9 +52,6 @@ LEAST_BATCH_BYTES = 1 << 20
 
 POLL_SECONDS = 0.000_02
 
-ANSWER_SECONDS = 30.0
-"""A disk that takes longer is given up."""
-
 FAILED_BATCHES = 3
 """So many in a row without one block in place, and the disk is given up."""
 
@@ -85,7 +83,6 @@ class Batch:
         self.slots = slots
         self.transfer: FileTransfer | None = None
         """NIXL's, from the start on."""
-        self.started = 0.0
 
     @property
     def failed(self) -> bool:
@@ -144,6 +141,8 @@ class Lane:
         """Another number after each step of a transfer; 0 while there is none."""
         self.touching = threading.Lock()
         """Held by whoever reads or writes the engine's memory for a transfer."""
+        self.given_up = ""
+        """Why nobody may touch the engine's memory any more, or wait for a transfer."""
         self._bounce = self._new_bounce()
         self._agent: DiskAgent | None = self._connect()
         """None when the disk has been given up."""
@@ -182,7 +181,7 @@ class Lane:
                     ended.popleft()
                     self.begin_step()
                 else:
-                    self._pause(under_way[0])
+                    self._pause()
         finally:
             if self._agent is None:  # the disk does not answer
                 self._give_up(under_way)
@@ -232,7 +231,6 @@ class Lane:
 
     def _start(self, batch: Batch) -> None:
         assert self._agent is not None
-        batch.started = time.monotonic()
         if self._operation == "READ":
             batch.memory = self._bounce.memory  # it may have been replaced
         batch.transfer = self._agent.start(self._operation, batch.memory, batch.rows, batch.slots)
@@ -242,16 +240,16 @@ class Lane:
         assert batch.transfer is not None
         return self._agent.poll(batch.transfer) != "PROC"
 
-    def _pause(self, batch: Batch) -> None:
-        """Nothing can be done before this one ends.
+    def _pause(self) -> None:
+        """Nothing can be done before a transfer ends.
 
         Raises:
-            DiskLost: it does not.
+            DiskLost: nobody waits for it any more.
         """
-        if time.monotonic() > batch.started + ANSWER_SECONDS:
+        if self.given_up:
             self._give_up(self._agent)
             self._agent = None
-            raise DiskLost(f"the disk has not answered for {ANSWER_SECONDS:.0f} s")
+            raise DiskLost(self.given_up)
         time.sleep(POLL_SECONDS)
 
     def _outcome(self, batch: Batch) -> Mask:
@@ -269,7 +267,7 @@ class Lane:
         """
         for batch in under_way:
             while not self._has_ended(batch):
-                self._pause(batch)
+                self._pause()
         loose = [batch for batch in under_way if batch.loose]
         if loose and self._agent is not None:
             agent, self._agent = self._agent, None

@@ -77,8 +77,6 @@ class DiskTier:
         slab = host.slab
         self._slab = Memory(slab.base, slab.slot_bytes, slab.slots)
         self._lost = ""
-        self._given_up = ""
-        """Why nobody may touch the engine's memory any more."""
         self._logged = -LOG_SECONDS
         self.mismatches = 0
         """Blocks read whose bytes were not those written."""
@@ -154,7 +152,7 @@ class DiskTier:
     def give_up(self, reason: str) -> None:
         with self._writer.touching, self._reader.touching:
             self._lost = self._lost or reason
-            self._given_up = reason
+            self._writer.given_up = self._reader.given_up = reason
 
     def save(self, blocks: Blocks) -> Mask:
         self._check(blocks.slots, len(blocks.hashes), len(blocks.fills), len(blocks.device))
@@ -287,8 +285,8 @@ class DiskTier:
     def _may_touch(self, lane: Lane) -> Iterator[None]:
         """For those moments in which a transfer reads or writes the engine's memory."""
         with lane.touching:
-            if self._given_up:
-                raise DiskLost(self._given_up)
+            if lane.given_up:
+                raise DiskLost(lane.given_up)
             yield
 
     @contextmanager

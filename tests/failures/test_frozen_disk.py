@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from kvbm_service import disk_watch
+from kvbm_service.adapters.disk_agent import DiskAgent
 from kvbm_service.core.columns import unpack_u32
 from tests.contracts.disk_rank import DiskRank, on_disk
 from tests.contracts.file_systems import OnLoop, frozen
+from tests.failures import disk_saver
 from tests.failures.disk_worker import BLOCKS, DiskWorker, rank_in
 from tests.patience import until
 
@@ -110,6 +112,19 @@ def test_a_disk_that_comes_back_late_touches_nothing_of_the_engine(
         later.close()
 
 
+def test_a_transfer_that_never_ends_is_left_alone_and_whoever_waits_for_it_hears(
+    worker: DiskWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DiskAgent, "poll", lambda _agent, _transfer: "PROC")
+    pool = worker.rank.pool()
+    worker.load("a request", EVERYTHING, FILL, [10, 11, 12, 13])
+    worker.until(lambda: worker.loads)
+    assert list(unpack_u32(worker.loads["a request"].failed_blocks)) == [10, 11, 12, 13]
+    assert worker.rank.pool() == pool
+    until(lambda: not worker.rank.disk.under_way(), "its thread is free")
+    worker.close()
+
+
 def _header(rank: DiskRank, slot: int) -> bytes:
     octets: bytes = rank.slab.read_headers(np.array([slot], np.uint32)).tobytes()
     return octets
@@ -121,9 +136,9 @@ def test_a_process_that_was_stopped_for_long_gives_up_no_disk(tmp_path: Path) ->
         assert "saving\n" in process.stdout
         for _ in range(2):  # whatever it is doing at that moment
             process.send_signal(signal.SIGSTOP)
-            time.sleep(2 * DEADLINE_SECONDS)
+            time.sleep(2 * disk_saver.DEADLINE_SECONDS)
             process.send_signal(signal.SIGCONT)
-            time.sleep(DEADLINE_SECONDS / 5)
+            time.sleep(0.1)
         said, _ = process.communicate()
         assert said.endswith("lost: ''\n")
 
@@ -145,10 +160,15 @@ def saving(home: Path) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def test_a_worker_whose_disk_hangs_can_be_closed(worker: DiskWorker, file_system: Path) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["known", "not known yet"])
+def test_a_worker_whose_disk_hangs_can_be_closed(
+    worker: DiskWorker, file_system: Path, known: bool
+) -> None:
     with frozen(file_system):
         save = worker.save(EVERYTHING, EVERYTHING)
-        worker.until(lambda: save in worker.moved)
+        until(worker.hangs)
+        if known:
+            worker.until(lambda: save in worker.moved)
         began = time.monotonic()
         worker.close()
         assert time.monotonic() - began < 30.0
