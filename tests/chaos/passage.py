@@ -97,7 +97,7 @@ class Passage:
         """End all connections, and listen no more."""
         assert self._server is not None
         self._server.close()
-        await self._cut()
+        await self._become(Way(cut=True))
 
     async def _become(self, way: Way) -> None:
         self._way = way
@@ -131,10 +131,10 @@ class Passage:
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            back.transport.abort()
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            back.transport.abort()
 
     async def _pump(
         self, source: asyncio.StreamReader, target: asyncio.StreamWriter, to_server: bool
