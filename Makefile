@@ -42,6 +42,7 @@ programs:
 
 lint: venv  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 

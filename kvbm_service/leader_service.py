@@ -163,9 +163,7 @@ class LeaderService:
     def _all_brought_something(self) -> bool:
         return len(self._survivors) == self._roster.world_size and all(self._survivors.values())
 
-    def _take_place(
-        self, core: Leader, record: RankRecord, survivors: Sequence[Survivors]
-    ) -> None:
+    def _take_place(self, core: Leader, record: RankRecord, survivors: Sequence[Survivors]) -> None:
         if record.agent in core.crew.agents:
             return
         _log.warning(

@@ -57,9 +57,7 @@ class EngineEvents:
             start = index * self._block_size
             self._described[name] = _Described(
                 block_hash=maybe_convert_block_hash(request.block_hashes[index]),
-                parent=maybe_convert_block_hash(request.block_hashes[index - 1])
-                if index
-                else None,
+                parent=maybe_convert_block_hash(request.block_hashes[index - 1]) if index else None,
                 token_ids=tuple(request.all_token_ids[start : start + self._block_size]),
                 lora_id=lora.lora_int_id if lora else None,
                 lora_name=lora.lora_name if lora else None,

@@ -320,9 +320,7 @@ class HostTier:
         if len(to):
             self._copies.copy(to, source, lengths)
 
-    def _checksums(
-        self, device: Indices, images: Column | None = None
-    ) -> npt.NDArray[np.uint64]:
+    def _checksums(self, device: Indices, images: Column | None = None) -> npt.NDArray[np.uint64]:
         """Of the device's bytes as they are now; 0 without `verify`.
 
         Parts that have no place on the device are taken from the blocks that lie at `images`.

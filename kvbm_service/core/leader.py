@@ -82,9 +82,7 @@ class Leader:
             self.lending,
             self.lent,
             self.outbox.effects,
-            LendingLimits(
-                limits.lease_seconds, limits.staging_seconds, limits.hand_over_seconds
-            ),
+            LendingLimits(limits.lease_seconds, limits.staging_seconds, limits.hand_over_seconds),
         )
         self.spills = Spills(self.tiers, self.orders, limits.spill, self._new_filter())
         self._hot = OffloadFilter(2, limits.decay_seconds, limits.filter_entries)

@@ -145,9 +145,7 @@ class Loads:
             if good:
                 arrived[taken.node or self._node, taken.tier] += good
         for path, (good, bad) in by_path.items():
-            self._outbox.transferred(
-                path, good, bad, load.reason, load.seconds.get(path, 0.0)
-            )
+            self._outbox.transferred(path, good, bad, load.reason, load.seconds.get(path, 0.0))
         self._outbox.effects.append(
             Announce(
                 Loaded(

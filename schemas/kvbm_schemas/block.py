@@ -36,9 +36,7 @@ def unpack(packed: bytes) -> list[BlockHash]:
     `packed` must be a multiple of `HASH_BYTES` long: the messages that carry one have
     checked that while they were decoded.
     """
-    return [
-        BlockHash(packed[at : at + HASH_BYTES]) for at in range(0, len(packed), HASH_BYTES)
-    ]
+    return [BlockHash(packed[at : at + HASH_BYTES]) for at in range(0, len(packed), HASH_BYTES)]
 
 
 def count(packed: bytes) -> int:

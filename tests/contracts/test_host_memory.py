@@ -19,9 +19,7 @@ BLOCKS = 10
 
 def test_a_tensor_with_blocks_first_is_one_region() -> None:
     tensor = torch.zeros(BLOCKS, 4, 8, dtype=torch.float32)
-    assert regions({"a": tensor}, BLOCKS) == [
-        Region(tensor.data_ptr(), 128, 128, BLOCKS)
-    ]
+    assert regions({"a": tensor}, BLOCKS) == [Region(tensor.data_ptr(), 128, 128, BLOCKS)]
 
 
 def test_keys_and_values_apart_are_two_regions() -> None:

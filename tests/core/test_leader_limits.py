@@ -40,9 +40,7 @@ def test_a_prefix_comes_from_a_limited_number_of_places() -> None:
     assert len(questions) == MAX_PARTS
     for question in questions:
         grant = leased(question.node, 1)
-        rig.leader.answered(
-            "r", question.attempt, question.node, question.start, grant, 0.0, 0.0
-        )
+        rig.leader.answered("r", question.attempt, question.node, question.start, grant, 0.0, 0.0)
     assert rig.leader.match("r", 0, now=0.0) == MAX_PARTS
 
 

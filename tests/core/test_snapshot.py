@@ -133,9 +133,7 @@ CHANGES: dict[str, Callable[[Node], object]] = {
     "fill": lambda node: node.tiers.reserve(Tier.HOST, chain("bdfh"), 2),
     "clear": lambda node: node.tiers.clear(),
     "lose the disk": lambda node: node.tiers.give_up_disk(),
-    "begin again": lambda node: node.journal.begin(
-        node.journal.epoch + 1, empty=node.tiers.empty
-    ),
+    "begin again": lambda node: node.journal.begin(node.journal.epoch + 1, empty=node.tiers.empty),
 }
 TO_HOST = st.text("abcdefghijkl", min_size=1, max_size=4)
 TO_DISK = st.text("ABCDEFGHIJKL", min_size=1, max_size=4)

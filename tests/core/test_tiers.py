@@ -57,9 +57,7 @@ def test_runs_follow_the_chain_to_its_first_gap_and_prefer_the_host(
 
 
 @given(anywhere(), starts)
-def test_what_is_pinned_is_what_can_be_read(
-    where: tuple[str, str | None], start: int
-) -> None:
+def test_what_is_pinned_is_what_can_be_read(where: tuple[str, str | None], start: int) -> None:
     host, disk = where
     both = tiers(host, disk)
     runs = both.runs(chain(NAMES), start)
@@ -75,9 +73,7 @@ def test_what_is_pinned_is_what_can_be_read(
 
 
 @given(anywhere(), starts)
-def test_absent_is_what_no_tier_has(
-    where: tuple[str, str | None], start: int
-) -> None:
+def test_absent_is_what_no_tier_has(where: tuple[str, str | None], start: int) -> None:
     host, disk = where
     here = host + (disk or "")
     expected = [at for at, name in enumerate(NAMES) if at >= start and name not in here]

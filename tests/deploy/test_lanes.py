@@ -96,9 +96,7 @@ def test_what_fails_only_beside_others_is_asked_again_and_named(
     assert any(line.startswith("FAILED tests/test_shy.py::test_six") for line in lines)
 
 
-def test_many_failures_are_not_asked_again(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_failures_are_not_asked_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "MAX_ASKED_AGAIN", 0)
     (project / "tests" / "test_shy.py").write_text(SHY)
     assert run_all([lane("shy")], at_once=1) == 1

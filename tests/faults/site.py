@@ -171,4 +171,3 @@ def running(world: World, folder: Path, servers: Sequence[str] = ("nats",)) -> I
         yield site
     finally:
         site.witness.close()
-

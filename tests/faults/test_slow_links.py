@@ -39,9 +39,7 @@ def test_blocks_are_shared_over_a_bad_link(
     of_a, of_b = (site.computed_by(node, BLOCKS) for node in site.nodes)
     site.check(site.b.ask(of_a), site.a.ask(of_b))
     site.wait_until_shared(SHARE_SECONDS + SLACK_SECONDS)
-    site.wait(
-        "the registry equals the truth", site.registry_is_right, HEAL_SECONDS + SLACK_SECONDS
-    )
+    site.wait("the registry equals the truth", site.registry_is_right, HEAL_SECONDS + SLACK_SECONDS)
     site.wait("nothing is pinned", site.at_rest, LEASE_SECONDS + SLACK_SECONDS)
 
 

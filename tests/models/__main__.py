@@ -1,7 +1,7 @@
 """Runs the table's rows, one after the other, and prints the table.
 
-    python -m tests.models               # all of it: some ten minutes on a quiet machine
-    python -m tests.models hybrid mla    # some rows
+`python -m tests.models hybrid mla` runs some of them; without names it is all of it, some ten
+minutes on a quiet machine.
 """
 
 from __future__ import annotations

@@ -158,9 +158,7 @@ class RankModel:
 
     def held(self, block: BlockHash, tier: Tier) -> bool:
         """Whether some slot of the tier holds the block."""
-        return any(
-            spot.tier is tier and label.name == block for spot, label in self.holds.items()
-        )
+        return any(spot.tier is tier and label.name == block for spot, label in self.holds.items())
 
     def expire(self, now: float) -> None:
         """Leases end by themselves."""

@@ -235,9 +235,7 @@ class LeaderMachine(RuleBasedStateMachine):
     @rule(wanted=chains, request=st.sampled_from(["", *REQUESTS]))
     def store(self, wanted: list[BlockHash], request: str = "") -> None:
         device_blocks = [1000 + self.number() for _ in wanted]
-        dealt_with, held = self.leader.store(
-            wanted, device_blocks, request=request
-        )
+        dealt_with, held = self.leader.store(wanted, device_blocks, request=request)
         assert 0 <= dealt_with <= len(wanted)
         assert set(held) <= set(device_blocks)
         self.held.update(held)
@@ -383,9 +381,7 @@ class LeaderMachine(RuleBasedStateMachine):
         question = self.questions.pop(data.draw(st.integers(0, len(self.questions) - 1)))
         self.answer_question(question, kind, data)
 
-    def answer_question(
-        self, answered: Question, kind: str, data: st.DataObject
-    ) -> None:
+    def answer_question(self, answered: Question, kind: str, data: st.DataObject) -> None:
         question = answered.asked
         asked = len(unpack(question.hashes))
         if isinstance(question, AskRegistry):
@@ -446,9 +442,7 @@ class LeaderMachine(RuleBasedStateMachine):
         if not gone:
             self.rig.meet(node)
 
-    @rule(
-        seconds=st.sampled_from([0.005, LOOKUP_SECONDS, STAGING_SECONDS, 1.0, LEASE_SECONDS])
-    )
+    @rule(seconds=st.sampled_from([0.005, LOOKUP_SECONDS, STAGING_SECONDS, 1.0, LEASE_SECONDS]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.leader.tick(self.now)

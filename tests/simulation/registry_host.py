@@ -77,7 +77,10 @@ class RegistryHost:
             node, inbox = effect.node, object()
             self._inboxes[node] = inbox
             self.world.network.ask_many(
-                self, node, Resync(), lambda part, n=node, i=inbox: self._hear(n, i, part)  # type: ignore[misc]
+                self,
+                node,
+                Resync(),
+                lambda part, n=node, i=inbox: self._hear(n, i, part),  # type: ignore[misc]
             )
 
     def _member_changed(self, node: str, entry: Entry | None) -> None:

@@ -67,9 +67,7 @@ def _spill_without_pinning(patch: Patch) -> None:
 def _read_the_disk_without_pinning(patch: Patch) -> None:
     right = tiers.Tiers.pin_runs
 
-    def pin_runs(
-        self: tiers.Tiers, chain: Sequence[BlockHash], start: int
-    ) -> list[reads.Pinned]:
+    def pin_runs(self: tiers.Tiers, chain: Sequence[BlockHash], start: int) -> list[reads.Pinned]:
         pinned = right(self, chain, start)
         for piece in pinned:
             if piece.tier is Tier.DISK:
@@ -230,9 +228,7 @@ def _free_what_goes_to_disk_early(patch: Patch) -> None:
 
 
 def _fetch_as_often_as_told(patch: Patch) -> None:
-    def begin(
-        self: once.Once, op: int, tell: Callable[[step.Moved], None], blocks: int
-    ) -> bool:
+    def begin(self: once.Once, op: int, tell: Callable[[step.Moved], None], blocks: int) -> bool:
         self._waiting.setdefault(op, []).append(tell)
         return True
 
