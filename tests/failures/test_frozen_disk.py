@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from kvbm_service import disk_watch
-from kvbm_service.adapters.disk_agent import DiskAgent
 from kvbm_service.core.columns import unpack_u32
 from tests.contracts.disk_rank import DiskRank, on_disk
 from tests.contracts.file_systems import OnLoop, frozen
@@ -110,19 +109,6 @@ def test_a_disk_that_comes_back_late_touches_nothing_of_the_engine(
             assert later.block(40) == expected[slot]
     finally:
         later.close()
-
-
-def test_a_transfer_that_never_ends_is_left_alone_and_whoever_waits_for_it_hears(
-    worker: DiskWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DiskAgent, "poll", lambda _agent, _transfer: "PROC")
-    pool = worker.rank.pool()
-    worker.load("a request", EVERYTHING, FILL, [10, 11, 12, 13])
-    worker.until(lambda: worker.loads)
-    assert list(unpack_u32(worker.loads["a request"].failed_blocks)) == [10, 11, 12, 13]
-    assert worker.rank.pool() == pool
-    until(lambda: not worker.rank.disk.under_way(), "its thread is free")
-    worker.close()
 
 
 def _header(rank: DiskRank, slot: int) -> bytes:
