@@ -122,7 +122,7 @@ def test_a_process_that_was_stopped_for_long_gives_up_no_disk(tmp_path: Path) ->
         assert "saving\n" in process.stdout
         for _ in range(2):  # whatever it is doing at that moment
             process.send_signal(signal.SIGSTOP)
-            time.sleep(2 * disk_saver.DEADLINE_SECONDS)
+            time.sleep(1.2 * disk_saver.DEADLINE_SECONDS)
             process.send_signal(signal.SIGCONT)
             time.sleep(0.1)
         said, _ = process.communicate()
