@@ -9,6 +9,7 @@ side of the socket is gone, for whatever reason, the whole process group ends at
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -60,8 +61,9 @@ class Line:
 
     def _listen(self, heard: Callable[[ToEngine], None]) -> None:
         decoder = msgspec.json.Decoder[ToEngine](ToEngine)
-        for line in self._lines:
-            heard(decoder.decode(line))
+        with contextlib.suppress(ConnectionError):  # it was gone before it had heard everything
+            for line in self._lines:
+                heard(decoder.decode(line))
         end_group(os.getpgrp())
 
 
@@ -122,6 +124,7 @@ class Server:
             ignore_eos=True,
             logprobs=0,
             detokenize=False,
+            extra_args={"kv_transfer_params": ask.kv_transfer_params},
         )
         asked = time.perf_counter()
         outputs = self._engine.generate(prompt, greedy, str(ask.id))
@@ -139,6 +142,7 @@ class Server:
             cached_tokens=output.num_cached_tokens or 0,
             ttft_seconds=ttft_seconds,
             seconds=time.perf_counter() - asked,
+            kv_transfer_params=output.kv_transfer_params,
         )
 
 

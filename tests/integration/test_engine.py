@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from kvbm_service.demo.engine import Engine, EngineFailed, share_cores
 from kvbm_service.demo.model import make_model
 from kvbm_service.demo.process_group import end_group, members
 from tests.integration.conftest import Reference
+from tests.patience import PATIENCE_SECONDS
 
 TAIL = list(range(40))
 
@@ -129,6 +131,34 @@ def test_an_engine_ends_with_the_program_that_started_it(model: Path, tmp_path: 
         time.sleep(0.05)
     end_group(group)
     assert left == []
+
+
+SPEAKER = """
+import sys, time
+from kvbm_service.demo.engine_process import Line
+from kvbm_service.demo.talk import Stage
+line = Line(int(sys.argv[1]))
+line.listen(print)
+line.say(Stage(0, "nobody will read this"))
+time.sleep(60)
+"""
+
+
+def test_an_engine_ends_with_its_starter_though_that_has_not_heard_everything() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        engine = subprocess.Popen(
+            [sys.executable, "-c", SPEAKER, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+    try:
+        assert ours.recv(1, socket.MSG_PEEK)
+        ours.close()
+        assert engine.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+    finally:
+        end_group(engine.pid)
+        engine.wait()
 
 
 def test_the_model_is_made_once_and_the_same_everywhere(model: Path, tmp_path: Path) -> None:
