@@ -153,14 +153,19 @@ class Engine:
                 raise self._failure(f"not ready after {timeout_seconds:.0f} s ({self._stage})")
 
     def submit(
-        self, prompt: Sequence[int], max_tokens: int = 8, cache_salt: str | None = None
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 8,
+        cache_salt: str | None = None,
+        kv_transfer_params: dict[str, Any] | None = None,
     ) -> Future[Answer]:
         """Ask, and go on. `asyncio.wrap_future` makes it awaitable; cancelling it aborts.
 
         The future raises EngineFailed when the engine refuses or ends.
         """
         number = next(self._ids)
-        future: Future[Answer] = self._request(Ask(number, list(prompt), max_tokens, cache_salt))
+        ask = Ask(number, list(prompt), max_tokens, cache_salt, kv_transfer_params)
+        future: Future[Answer] = self._request(ask)
         future.add_done_callback(lambda done: self._abort(number) if done.cancelled() else None)
         return future
 

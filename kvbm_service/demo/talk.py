@@ -19,6 +19,7 @@ class Ask(Line, frozen=True):
     prompt: list[int]
     max_tokens: int
     cache_salt: str | None = None
+    kv_transfer_params: dict[str, Any] | None = None
 
 
 class Abort(Line, frozen=True):
@@ -61,6 +62,8 @@ class Answer(Line, frozen=True):
     """From the question to the first token, as the engine's front end saw it."""
     seconds: float
     """From the question to the last token."""
+    kv_transfer_params: dict[str, Any] | None = None
+    """What an engine that goes on with the request has to be told, if one is to."""
 
 
 class Done(Line, frozen=True):

@@ -12,14 +12,18 @@ from kvbm_schemas.block import Tier
 from kvbm_schemas.records import TierStatus
 from kvbm_schemas.requests import Holder
 from kvbm_schemas.subjects import Scope
+from kvbm_service.core.limits import Limits
 from tests.integration.witness import Witness
 
 LOOKUP_SECONDS = 0.5
 STAGING_SECONDS = 0.5
 TRANSFER_SECONDS = 2.0
+HAND_OVER_SECONDS = Limits().hand_over_seconds
 SLACK_SECONDS = 12.0
 """For computing, behind others' prompts, on cores that engines which start meanwhile want, too."""
-DEADLINE_SECONDS = 2 * LOOKUP_SECONDS + STAGING_SECONDS + TRANSFER_SECONDS + SLACK_SECONDS
+DEADLINE_SECONDS = (
+    2 * LOOKUP_SECONDS + STAGING_SECONDS + HAND_OVER_SECONDS + TRANSFER_SECONDS + SLACK_SECONDS
+)
 """No request of an engine that is let work waits longer."""
 
 REST_SECONDS = 20.0

@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from kvbm_service.demo.engine import BLOCK_TOKENS
 from kvbm_service.demo.model import VOCABULARY
 from kvbm_service.demo.talk import Answer
@@ -29,6 +31,12 @@ class Question(NamedTuple):
     def is_answered_by(self, answer: Answer) -> bool:
         """Whether this is the right answer."""
         return same(answer, self.right)
+
+    def is_begun_by(self, answer: Answer) -> bool:
+        """Whether this is the first token of the right answer."""
+        right = self.right
+        first = msgspec.structs.replace(right, tokens=right.tokens[:1], logprobs=right.logprobs[:1])
+        return same(answer, first)
 
 
 Conversation = Sequence[Question]

@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kvbm_schemas.block import Tier
+from kvbm_schemas.events import Loaded
 from tests.chaos.__main__ import INTERRUPTED
 from tests.chaos.arena import Arena
 from tests.chaos.load import Load
 from tests.chaos.report import last_line, passed, show
 from tests.chaos.schedule import schedule
 from tests.chaos.trial import Result, cards, play
+from tests.integration.witness import Report
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -77,6 +80,14 @@ def test_faults_at_random_make_no_answer_wrong_or_late_and_leave_nothing_behind(
     assert told["requests"] > told["faults"] > 0
     assert {"ann", "bob"} <= set(report.sources("ann")), "it loads its own blocks, and another's"
     assert set(report.sources("wim")) == {"wim"}
+    assert handed_over(report, "ann")
+    assert handed_over(report, "bob")
+
+
+def handed_over(report: Report, node: str) -> int:
+    """How many blocks the node has read from another engine's device pool."""
+    sources = [source for loaded in report.of(Loaded, node) for source in loaded.sources]
+    return sum(source.blocks for source in sources if source.tier is Tier.DEVICE)
 
 
 def descendants(process: int) -> list[int]:
