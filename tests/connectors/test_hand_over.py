@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +113,30 @@ def test_blocks_that_are_rows_are_handed_over_through_the_host(make_node: MakeEn
     prefill.run()
     asked = decode.ask(prompt(41), tokens=5, transfer=told)
     assert (asked.loaded, asked.computed) == (40, 5)
+    eventually(lambda: all_is_given_back(prefill))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_blocks_that_lie_on_the_prefill_engines_disk_are_handed_over_from_there(
+    make_node: MakeEngine, tmp_path: Path, ranks: int
+) -> None:
+    on_disk = THROUGH_HOST | {
+        "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": 64,
+        "DYN_KVBM_DISK_CACHE_DIR": str(tmp_path),
+        "KVBM_STAGING_DEADLINE_MS": 20_000,
+    }
+    waits = {"KVBM_STAGING_DEADLINE_MS": 20_000}
+    prefill, decode = meet(
+        make_node("prefill", ranks=ranks, slots=0, extra=on_disk),
+        make_node("decode", ranks=ranks, extra=waits),
+    )
+    told = compute(prefill)
+    prefill.run()
+    tiers = prefill.core.tiers
+    assert (len(tiers.host), len(tiers.disk or ())) == (0, 10)
+    asked = decode.ask(prompt(41), tokens=5, transfer=told)
+    assert (asked.loaded, asked.computed) == (40, 5)
+    assert [rank.gate.pulls.blocks for rank in decode.ranks] == [10] * ranks
     eventually(lambda: all_is_given_back(prefill))
 
 
