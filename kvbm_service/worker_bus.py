@@ -21,7 +21,8 @@ _log = logging.getLogger(__name__)
 MAX_UNANSWERED = 256
 """Orders whose outcome is still to be told. Beyond, nothing is said, and the leader asks again."""
 
-CarryOut = Callable[[Fetch | Lend, Callable[[Moved], None]], None]
+CarryOut = Callable[[Fetch | Lend, Callable[[Moved], None]], bool]
+"""Whether what it was given will be told of the outcome."""
 
 
 class WorkerBus:
@@ -68,14 +69,13 @@ class WorkerBus:
             return  # of another life of this node, or of another engine that claims its name
         if self._unanswered >= MAX_UNANSWERED:
             return
-        self._unanswered += 1
         loop = asyncio.get_running_loop()
 
         def tell(moved: Moved) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._put, delivery.reply, moved)
 
-        self._carry_out(order, tell)
+        self._unanswered += self._carry_out(order, tell)
 
     def _put(self, reply: str, moved: Moved) -> None:
         self._unanswered -= 1

@@ -239,18 +239,19 @@ class WorkerService:
 
     # -- moves into slots ------------------------------------------------------------------
 
-    def carry_out_now(self, order: Fetch | Lend, tell: Callable[[Moved], None]) -> None:
+    def carry_out_now(self, order: Fetch | Lend, tell: Callable[[Moved], None]) -> bool:
         """Carry out what came by the bus. Called on the bus's thread.
 
-        `tell` is called once it is done, on some thread; not if it is too old to be known.
+        `tell` is called once it is done, on some thread. False: it is void, and nothing is told.
         """
         with self._fencing:
             if order.op <= self._meant.fence:
-                return
+                return False
             if isinstance(order, Fetch):
                 self._fetch(order, tell)
             else:
                 self._lend(order, tell)
+        return True
 
     def _begin_save(self, save: Save, fence: Fence) -> None:
         blocks = _columns(save.hashes, None, save.slots, save.blocks, save.op)

@@ -216,9 +216,10 @@ async def test_ranks_fetch_what_another_node_wants_without_the_engines_step(
     for rank in range(2):
         record = rank_record(rank, 2, disk_slots=8)
 
-        def fetch(command: Fetch, tell: Callable[[Moved], None], rank: int = rank) -> None:
+        def fetch(command: Fetch, tell: Callable[[Moved], None], rank: int = rank) -> bool:
             told.append((rank, command))
             tell(Moved(op=command.op))
+            return True
 
         await meeting.rank(record, fetch)
         leader.attach(record, [found(Tier.HOST, 0), found(Tier.DISK, 3)])
@@ -236,7 +237,12 @@ async def test_a_rank_that_says_nothing_is_told_again_with_the_engines_step(
     leader = meeting.leader(staging_seconds=0.2)
     record = rank_record(disk_slots=8)
     deaf: list[Fetch] = []
-    await meeting.rank(record, lambda fetch, tell: deaf.append(fetch))
+
+    def leave(fetch: Fetch, _tell: Callable[[Moved], None]) -> bool:
+        deaf.append(fetch)
+        return False
+
+    await meeting.rank(record, leave)
     leader.attach(record, [found(Tier.HOST, 0), found(Tier.DISK, 3)])
     answer = await meeting.ask_for_lease(3)
     assert isinstance(answer, Refused), "whoever asked is not kept waiting"

@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from nats.aio.msg import Msg
 
 from kvbm_schemas.codec import encode
 from kvbm_schemas.records import RankRecord, SlabRecord
-from kvbm_schemas.step import Fetch, Moved
+from kvbm_schemas.step import Fetch, Lend, Moved
 from kvbm_schemas.subjects import Scope, rank_what
 from kvbm_service import registry_service
 from kvbm_service.adapters import (
@@ -202,6 +203,10 @@ async def test_a_registry_names_so_many_senders_of_nonsense_and_counts_all(
     assert caplog.text.count("malformed") == 3
 
 
+VOID = 7
+"""The number of an order that is never answered."""
+
+
 async def test_a_rank_carries_out_so_many_fetches_of_the_bus_at_a_time() -> None:
     scope, hub = Scope("a", "b"), Hub()
     bus = MemoryBus(hub)
@@ -210,14 +215,26 @@ async def test_a_rank_carries_out_so_many_fetches_of_the_bus_at_a_time() -> None
         node="n", rank=0, world_size=1, agent="n/0", agent_metadata=b"", slab=slab, instance="i"
     )
     told: list[Callable[[Moved], None]] = []
+    void: list[Fetch | Lend] = []
 
     async def connect() -> Network:
         return Network(MemoryBus(hub), MemoryDirectory(Records(LEASE_SECONDS)))
 
-    worker = WorkerBus(record, scope, connect, lambda fetch, tell: told.append(tell))
+    def carry_out(order: Fetch | Lend, tell: Callable[[Moved], None]) -> bool:
+        if order.op == VOID:
+            void.append(order)
+            return False
+        told.append(tell)
+        return True
+
+    worker = WorkerBus(record, scope, connect, carry_out)
     running = asyncio.create_task(worker.run())
     await eventually(lambda: hub.subscriptions)
     fetch = Fetch(op=1, hashes=b"", fills=b"", disk=b"", host=b"", instance="i")
+    for _ in range(MAX_UNANSWERED):
+        order = encode(replace(fetch, op=VOID))
+        await bus.publish(scope.of("n", rank_what(0)), order, "_INBOX.x.1")
+    await eventually(lambda: len(void) == MAX_UNANSWERED)
     for _ in range(MAX_UNANSWERED + 10):
         await bus.publish(scope.of("n", rank_what(0)), encode(fetch), "_INBOX.x.1")
     await eventually(lambda: len(told) == MAX_UNANSWERED)

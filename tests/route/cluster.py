@@ -61,7 +61,7 @@ class Node:
         self.leader.attach(self._record)
         self.leader.start()
         connect = over_nats(settings, self.name, self.name)
-        worker = WorkerBus(self._record, SCOPE, connect, lambda order, tell: None)
+        worker = WorkerBus(self._record, SCOPE, connect, lambda order, tell: False)
         self._worker = asyncio.create_task(worker.run())
 
     def save(self, chain: Sequence[BlockHash]) -> None:

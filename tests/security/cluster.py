@@ -146,9 +146,10 @@ def save(leader: LeaderService, chain: list[BlockHash]) -> None:
 
 
 def _worker(cluster: Cluster, node: str) -> WorkerBus:
-    def fetch(order: Fetch, tell: Callable[[Moved], None]) -> None:
+    def fetch(order: Fetch, tell: Callable[[Moved], None]) -> bool:
         cluster.fetched.append(order)
         tell(Moved(op=order.op))
+        return True
 
     return WorkerBus(
         rank_record(node), SCOPE, over_nats(cluster.shipped.settings(node), node, node), fetch

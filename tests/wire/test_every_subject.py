@@ -92,10 +92,11 @@ class World:
         until(lambda: self.ask_rank(FETCH) is not None)
         self.fetched.clear()
 
-    def _fetch(self, order: Fetch | Lend, tell: Callable[[Moved], None]) -> None:
+    def _fetch(self, order: Fetch | Lend, tell: Callable[[Moved], None]) -> bool:
         assert isinstance(order, Fetch)
         self.fetched.append(order)
         tell(Moved(op=order.op))
+        return True
 
     async def _open(self, url: str) -> tuple[NatsBus, RegistryService]:
         bus = await NatsBus.connect(url)
