@@ -450,6 +450,7 @@ def _limits(settings: Settings, device_blocks: int) -> Limits:
         held_blocks=max(1, int(device_blocks * HELD_SHARE)),
         lent_blocks=int(device_blocks * LENT_SHARE),
         staging_seconds=settings.staging_deadline_seconds,
+        hand_over_seconds=settings.hand_over_deadline_seconds,
         disk_only=settings.disk_only,
         min_priority=settings.host_offload_prefix_min_priority,
         spill=SpillLimits(settings.max_transfer_batch_size, settings.max_concurrent_transfers),

@@ -347,6 +347,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             field_kind=number(0, 60, "seconds"),
         ),
     ] = 0.2
+    hand_over_deadline_seconds: Annotated[
+        float,
+        Setting(
+            "KVBM_HAND_OVER_DEADLINE_MS",
+            number(0, 60_000, "milliseconds", scale=0.001),
+            "How long a decode request waits for its prefill engine to lease what it hands over, "
+            "and how long this node takes at most to do so for others. After that the prompt is "
+            "computed.",
+            field_kind=number(0, 60, "seconds"),
+        ),
+    ] = 2.0
     wire: Annotated[
         Wire,
         Setting(

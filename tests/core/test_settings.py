@@ -236,6 +236,7 @@ BAD = [
     ("DYN_KVBM_MAX_TRANSFER_BATCH_SIZE", "4097", "a whole number of blocks from 1 to 4096"),
     ("KVBM_PREFETCH_SHARE", "12.5", "a number from 0 to 1"),
     ("KVBM_STAGING_DEADLINE_MS", "-1", "a number of milliseconds from 0 to 60000"),
+    ("KVBM_HAND_OVER_DEADLINE_MS", "1h", "a number of milliseconds from 0 to 60000"),
     ("DYN_KVBM_METRICS", "prometheus", "1, true, yes or on; 0, false, no or off"),
     ("DYN_KVBM_METRICS_PORT", "65536", "a whole number from 0 to 65535"),
     ("KVBM_METRICS_HOST", "http://here", "an address or a host's name"),
