@@ -14,10 +14,6 @@ from kvbm_service.errors import TransferError
 
 _log = logging.getLogger(__name__)
 
-PROGRESS_SECONDS = 0.002
-"""How often an idle lane lets others' connections to us make progress. Over TCP, UCX aborts a
-process that comes back to a queued read after its reader has died, so this is not to be long."""
-
 CLOSING_SECONDS = 0.1
 """How often `close` looks whether the thread it waits for has been abandoned."""
 
@@ -39,7 +35,8 @@ class Job(NamedTuple):
 class Lane:
     """One thread that works off jobs, urgent ones first. Each is told of once, however it ends."""
 
-    def __init__(self, name: str, idle: Callable[[], None] | None = None) -> None:
+    def __init__(self, name: str, idle: Callable[[], float] | None = None) -> None:
+        """`idle` is called whenever there is nothing to do; returns how soon again, in seconds."""
         self._urgent: deque[Job] = deque()
         self._other: deque[Job] = deque()
         self._begun: Job | None = None
@@ -58,6 +55,11 @@ class Lane:
                 self._woken.notify()
                 return
         job.failed(self._abandoned)
+
+    def wake(self) -> None:
+        """Call `idle` now, whatever it has said, unless there is something to do."""
+        with self._woken:
+            self._woken.notify()
 
     def abandon(self, error: TransferError) -> None:
         """Every job has failed: the one begun, those that wait, and those to come.
@@ -94,10 +96,11 @@ class Lane:
 
     def _next(self) -> Job | None:
         """The next job, or None when the lane is closed."""
+        rest = None if self._idle is None else 0.0
         while True:
             with self._woken:
                 if not (self._urgent or self._other or self._closed):
-                    self._woken.wait(PROGRESS_SECONDS if self._idle else None)
+                    self._woken.wait(rest)
                 if self._closed:
                     return None
                 jobs = self._urgent or self._other
@@ -105,7 +108,7 @@ class Lane:
                     self._begun = jobs.popleft()
                     return self._begun
             if self._idle is not None:
-                self._idle()
+                rest = self._idle()
 
 
 def _outcome(job: Job) -> Tell | None:

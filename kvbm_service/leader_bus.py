@@ -28,7 +28,7 @@ from kvbm_schemas.requests import (
     Renew,
     Resync,
 )
-from kvbm_schemas.step import Moved
+from kvbm_schemas.step import Expect, Moved
 from kvbm_schemas.subjects import REGISTRY_NODE, rank_what
 from kvbm_service.adapters.bus import Bus, Delivery
 from kvbm_service.adapters.directory import Change, Membership, OnChange, Watch
@@ -65,6 +65,9 @@ MAX_OUTGOING = 8192
 MAX_SUBJECTS_LOGGED = 256
 """Subjects on which something was malformed that are named in the log, once each."""
 
+EXPECT_SECONDS = 10.0
+"""Own ranks are told of readers for so much longer, and so not with every lease."""
+
 MAX_QUESTIONS = 256
 """Questions to registries and owners under way. Beyond, they count as unanswered."""
 
@@ -89,6 +92,8 @@ class LeaderBus:
         """Lease requests that wait for our disk: where the answer goes, by token."""
         self._snapshots = Snapshots(leader, self._send_chunk)
         self._questions = 0
+        self._expected_until = 0.0
+        """Until when own ranks have been told to be there for readers."""
         self._warned: set[str] = set()
 
     async def run(self) -> None:
@@ -116,6 +121,7 @@ class LeaderBus:
 
     def wake(self) -> None:
         """Something about the ranks has changed."""
+        self._expected_until = 0.0  # a new one has not been told
         self._woken.set()
         self._own_ranks.wake()
 
@@ -279,6 +285,8 @@ class LeaderBus:
 
     async def _on_lease(self, delivery: Delivery) -> None:
         request = self._decode(delivery, _lease_requests)
+        if request is not None:
+            await self._expect_readers()
         if isinstance(request, Renew):
             lease = request.lease
             self._leader.on_core(lambda core: core.renew(lease, self._leader.now()), None)
@@ -297,6 +305,16 @@ class LeaderBus:
         )
         if answer is not None:
             await self._answer(Answer(token, answer))
+
+    async def _expect_readers(self) -> None:
+        """Have own ranks be there for as long as whoever gets a lease now may read."""
+        settings, now = self._leader.settings, self._leader.now()
+        seconds = settings.lease_seconds + settings.transfer_timeout_seconds
+        if now + seconds > self._expected_until:
+            self._expected_until = now + seconds + EXPECT_SECONDS
+            expect = Expect(seconds=seconds + EXPECT_SECONDS, instance=self._leader.instance)
+            for rank in range(self._leader.world_size):
+                await self._publish(self._subject(rank_what(rank)), expect)
 
     async def _on_release(self, delivery: Delivery) -> None:
         request = self._decode(delivery, _releases)

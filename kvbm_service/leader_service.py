@@ -79,7 +79,7 @@ class LeaderService:
         self._lock = threading.Lock()
         self._roster = Roster(world_size, instance)
         self._core: Leader | None = None
-        self._instance = instance
+        self.instance = instance
         """This life of the engine: a rank of an earlier one may still be in the directory."""
         self._engine_events: list[BlockEvent] = []
         self._keep_engine_events = engine_wants_events
@@ -206,7 +206,7 @@ class LeaderService:
     def _make_core(self) -> Leader:
         records = self._roster.records
         device_blocks = min(record.device_blocks for record in records)
-        core = Leader(records, _limits(self._settings, device_blocks), self._instance)
+        core = Leader(records, _limits(self._settings, device_blocks), self.instance)
         _log.info(
             "node %s: %s of %d bytes, %d rank(s), scope %s.%s",
             self.node,
@@ -406,7 +406,7 @@ class LeaderService:
                 block_bytes=self._roster.block_bytes,
                 tiers=tiers,
                 engine=self._engine,
-                instance=self._instance,
+                instance=self.instance,
                 block_tokens=self._block_tokens,
                 **self._front._asdict(),
             )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from kvbm_schemas.codec import Decoder, Malformed, encode
 from kvbm_schemas.records import RankRecord
-from kvbm_schemas.step import Fetch, Lend, Moved
+from kvbm_schemas.step import Expect, Fetch, Lend, Moved
 from kvbm_schemas.subjects import Scope, rank_what
 from kvbm_service.adapters.bus import Bus, Delivery
 from kvbm_service.errors import BusError
@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 MAX_UNANSWERED = 256
 """Orders whose outcome is still to be told. Beyond, nothing is said, and the leader asks again."""
 
+ExpectReaders = Callable[[float], None]
+"""Is told for how many seconds."""
+
 CarryOut = Callable[[Fetch | Lend, Callable[[Moved], None]], bool]
 """Whether what it was given will be told of the outcome."""
 
@@ -29,12 +32,18 @@ class WorkerBus:
     """One rank's presence among the others, on a loop of its own."""
 
     def __init__(
-        self, record: RankRecord, scope: Scope, connect: Connect, carry_out: CarryOut
+        self,
+        record: RankRecord,
+        scope: Scope,
+        connect: Connect,
+        carry_out: CarryOut,
+        expect_readers: ExpectReaders,
     ) -> None:
         self._record = record
         self._scope = scope
         self._connect = connect
         self._carry_out = carry_out
+        self._expect_readers = expect_readers
         self._answers: asyncio.Queue[tuple[str, Moved]] = asyncio.Queue(MAX_UNANSWERED)
         self._unanswered = 0
         """Orders that were told by the bus, and of which the bus has not been told yet."""
@@ -65,15 +74,21 @@ class WorkerBus:
                 _log.warning("rejected a message on %s: %s (said once)", delivery.subject, error)
             self.rejected += 1
             return
-        if order.instance != self._record.instance or not delivery.reply:
+        if order.instance != self._record.instance:
             return  # of another life of this node, or of another engine that claims its name
+        if isinstance(order, Expect):
+            self._expect_readers(order.seconds)
+        elif delivery.reply:
+            self._begin(order, delivery.reply)
+
+    def _begin(self, order: Fetch | Lend, reply: str) -> None:
         if self._unanswered >= MAX_UNANSWERED:
             return
         loop = asyncio.get_running_loop()
 
         def tell(moved: Moved) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self._put, delivery.reply, moved)
+                loop.call_soon_threadsafe(self._put, reply, moved)
 
         self._unanswered += self._carry_out(order, tell)
 
@@ -89,4 +104,4 @@ class WorkerBus:
                 await bus.publish(reply, encode(moved))
 
 
-_orders: Decoder[Fetch | Lend] = Decoder(Fetch | Lend)  # type: ignore[arg-type]
+_orders: Decoder[Fetch | Lend | Expect] = Decoder(Fetch | Lend | Expect)  # type: ignore[arg-type]

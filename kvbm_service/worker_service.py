@@ -63,6 +63,14 @@ _log = logging.getLogger(__name__)
 
 NO_DISK = "this rank has no disk tier"
 
+SERVING_SECONDS = 0.002
+"""How often others' connections to us make progress while somebody may read. Over TCP, UCX aborts
+a process that comes back to a queued read after its reader has died: this is not to be long."""
+
+RESTING_SECONDS = 0.02
+"""The same while nobody has a lease. Each time takes a processor from an engine on CPUs, whose
+threads wait for each other."""
+
 
 class RankId(NamedTuple):
     """Which rank of which engine this is."""
@@ -129,13 +137,14 @@ class WorkerService:
         """Lanes that may still be at something older than the last fence."""
         self._copies = Lane("kvbm-copies")
         self._lending = Lane("kvbm-lending")
-        self._reads = Lane("kvbm-reads", idle=mover.progress)
+        self._readers_until = 0.0
+        self._reads = Lane("kvbm-reads", idle=self._let_others_read)
         self._disk_reads = Lane("kvbm-disk-reads") if disk is not None else None
         self._disk_writes = Lane("kvbm-disk-writes") if disk is not None else None
         self._watch = DiskWatch(disk, self._abandon_disk) if disk is not None else None
         self._presence: LoopThread | None = None
         if scope is not None and connect is not None:
-            bus = WorkerBus(record, scope, connect, self.carry_out_now)
+            bus = WorkerBus(record, scope, connect, self.carry_out_now, self.expect_readers)
             self._presence = LoopThread("kvbm-worker", bus.run)
             self._presence.start()
 
@@ -252,6 +261,15 @@ class WorkerService:
             else:
                 self._lend(order, tell)
         return True
+
+    def expect_readers(self, seconds: float) -> None:
+        """Somebody may connect and read for so long. Called on the bus's thread."""
+        self._readers_until = max(self._readers_until, time.monotonic() + seconds)
+        self._reads.wake()
+
+    def _let_others_read(self) -> float:
+        self._mover.progress()
+        return SERVING_SECONDS if time.monotonic() < self._readers_until else RESTING_SECONDS
 
     def _begin_save(self, save: Save, fence: Fence) -> None:
         blocks = _columns(save.hashes, None, save.slots, save.blocks, save.op)

@@ -22,7 +22,7 @@ from kvbm_schemas.requests import (
     Resync,
     SnapshotChunk,
 )
-from kvbm_schemas.step import Fetch, Lend, Moved
+from kvbm_schemas.step import Expect, Fetch, Lend, Moved
 
 M = TypeVar("M")
 
@@ -41,6 +41,7 @@ AnyMessage = (
     | SnapshotChunk
     | Fetch
     | Lend
+    | Expect
     | Moved
     | DirectoryRecord
 )

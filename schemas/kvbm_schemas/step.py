@@ -137,6 +137,15 @@ class Unlend(Message, frozen=True):
         check_packed(self.blocks, 4, "blocks")
 
 
+class Expect(Message, frozen=True):
+    """Others may connect and read from now on: be there for them. Not answered."""
+
+    seconds: Annotated[float, msgspec.Meta(ge=0.0, le=86_400.0)]
+    """For how long. What was said before may last longer."""
+    instance: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """The engine's life that is meant."""
+
+
 class LocalRead(Message, frozen=True):
     """Copy own slots of one tier into device blocks (G2 → G1, or G3 → G1)."""
 

@@ -10,7 +10,8 @@
 |            |                   |                      | `Renew`                            |
 | `release`  | other leaders     | the node's leader    | `Release`                          |
 | `snapshot` | registries        | the node's leader    | `Resync` → `SnapshotChunk` …       |
-| `rank-0` … | the node's leader | that rank's worker   | `Fetch` or `Lend` → `Moved`        |
+| `rank-0` … | the node's leader | that rank's worker   | `Fetch` or `Lend` → `Moved`,       |
+|            |                   |                      | `Expect`                           |
 | `lookup`   | leaders           | registries (queue)   | `Lookup` → `Located`               |
 | `locate`   | commands, routers | registries (queue)   | `Locate` → `Placements`            |
 

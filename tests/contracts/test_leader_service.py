@@ -23,7 +23,7 @@ from kvbm_service.leader_service import LeaderService
 from kvbm_service.network import Network, over_nats
 from kvbm_service.settings import Settings
 from kvbm_service.worker_bus import CarryOut, WorkerBus
-from tests.patience import until
+from tests.patience import eventually, until
 
 SCOPE = Scope("default", "0123456789abcdef")
 NODE = "node"
@@ -95,10 +95,15 @@ class Meeting:
         leader.start()
         return leader
 
-    async def rank(self, record: RankRecord, carry_out: CarryOut) -> None:
+    async def rank(
+        self,
+        record: RankRecord,
+        carry_out: CarryOut,
+        expect_readers: Callable[[float], object] = lambda seconds: None,
+    ) -> None:
         """A rank that listens, and is listed."""
         connect = over_nats(Settings(nats_url=self._url), f"rank {record.rank}")
-        worker = WorkerBus(record, SCOPE, connect, carry_out)
+        worker = WorkerBus(record, SCOPE, connect, carry_out, expect_readers)
         self._ranks.append(asyncio.create_task(worker.run()))
         key = ".".join([*SCOPE, record.node, str(record.rank)])
         deadline = time.monotonic() + DEADLINE_SECONDS
@@ -229,6 +234,23 @@ async def test_ranks_fetch_what_another_node_wants_without_the_engines_step(
     assert sorted(rank for rank, _ in told) == [0, 1]
     assert told[0][1] == told[1][1]
     assert not leader.busy
+
+
+async def test_ranks_hear_of_readers_before_these_have_their_lease_and_not_each_time(
+    meeting: Meeting,
+) -> None:
+    leader = meeting.leader(world_size=2)
+    told: list[float] = []
+    for rank in range(2):
+        record = rank_record(rank, 2)
+        await meeting.rank(record, lambda _order, _tell: False, told.append)
+        leader.attach(record, [found(Tier.HOST, 3)])
+    assert isinstance(await meeting.ask_for_lease(3), Leased)
+    await eventually(lambda: len(told) == 2)
+    assert min(told) > leader.settings.lease_seconds + leader.settings.transfer_timeout_seconds
+    assert isinstance(await meeting.ask_for_lease(3), Leased)
+    await asyncio.sleep(0.2)
+    assert len(told) == 2, "they know already"
 
 
 async def test_a_rank_that_says_nothing_is_told_again_with_the_engines_step(

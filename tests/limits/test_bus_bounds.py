@@ -227,7 +227,7 @@ async def test_a_rank_carries_out_so_many_fetches_of_the_bus_at_a_time() -> None
         told.append(tell)
         return True
 
-    worker = WorkerBus(record, scope, connect, carry_out)
+    worker = WorkerBus(record, scope, connect, carry_out, pytest.fail)
     running = asyncio.create_task(worker.run())
     await eventually(lambda: hub.subscriptions)
     fetch = Fetch(op=1, hashes=b"", fills=b"", disk=b"", host=b"", instance="i")

@@ -61,7 +61,9 @@ class Node:
         self.leader.attach(self._record)
         self.leader.start()
         connect = over_nats(settings, self.name, self.name)
-        worker = WorkerBus(self._record, SCOPE, connect, lambda order, tell: False)
+        worker = WorkerBus(
+            self._record, SCOPE, connect, lambda order, tell: False, lambda seconds: None
+        )
         self._worker = asyncio.create_task(worker.run())
 
     def save(self, chain: Sequence[BlockHash]) -> None:

@@ -151,6 +151,5 @@ def _worker(cluster: Cluster, node: str) -> WorkerBus:
         tell(Moved(op=order.op))
         return True
 
-    return WorkerBus(
-        rank_record(node), SCOPE, over_nats(cluster.shipped.settings(node), node, node), fetch
-    )
+    connect = over_nats(cluster.shipped.settings(node), node, node)
+    return WorkerBus(rank_record(node), SCOPE, connect, fetch, lambda seconds: None)

@@ -33,6 +33,7 @@ from kvbm_schemas.requests import (
     SnapshotChunk,
 )
 from kvbm_schemas.step import (
+    Expect,
     Fetch,
     Lend,
     Load,
@@ -146,6 +147,7 @@ EXAMPLES: dict[str, Message] = {
     "lend": LEND,
     "lend, by the bus": replace(LEND, instance="l1fe"),
     "unlend": UNLEND,
+    "expect": Expect(seconds=50.0, instance="l1fe"),
     "localread": LOCAL,
     "remoteread": REMOTE,
     "remoteread, of what is lent": LENT,

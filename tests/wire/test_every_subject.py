@@ -23,7 +23,7 @@ from kvbm_schemas.events import Beat, Stored
 from kvbm_schemas.message import MAX_MESSAGE_BYTES, Message
 from kvbm_schemas.records import RankRecord, SlabRecord
 from kvbm_schemas.requests import Acquire, Locate, Lookup, Refused, Release, Resync
-from kvbm_schemas.step import Fetch, Lend, Moved, StepResults
+from kvbm_schemas.step import Expect, Fetch, Lend, Moved, StepResults
 from kvbm_schemas.subjects import REGISTRY_NODE, Scope, rank_what
 from kvbm_service.adapters.nats_bus import NatsBus
 from kvbm_service.adapters.nats_directory import NatsDirectory
@@ -54,6 +54,7 @@ RANK = RankRecord(
 FETCH = Fetch(
     op=7, hashes=CHAIN[0], fills=bytes(8), disk=bytes(4), host=bytes(4), instance=RANK.instance
 )
+EXPECT = Expect(seconds=5.0, instance=RANK.instance)
 
 VALID: dict[str, list[Message]] = {
     "events": [
@@ -63,7 +64,7 @@ VALID: dict[str, list[Message]] = {
     "lease": [Acquire(hashes=CHAIN[0])],
     "release": [Release(lease="0" * 32)],
     "snapshot": [Resync()],
-    rank_what(0): [FETCH],
+    rank_what(0): [FETCH, EXPECT],
     "lookup": [Lookup(hashes=CHAIN[0])],
     "locate": [Locate(hashes=CHAIN[0])],
 }
@@ -82,7 +83,15 @@ class World:
         self.leader = _leader(url)
         self.fetched: list[Fetch] = []
         """What the rank was made to carry out."""
-        self.rank = WorkerBus(RANK, SCOPE, over_nats(Settings(nats_url=url), "rank"), self._fetch)
+        self.expected: list[float] = []
+        """For how long it was told of readers."""
+        self.rank = WorkerBus(
+            RANK,
+            SCOPE,
+            over_nats(Settings(nats_url=url), "rank"),
+            self._fetch,
+            self.expected.append,
+        )
         self.bus, self.registry = self._do(self._open(url))
         self._serving = [
             asyncio.run_coroutine_threadsafe(main, self._loop)
@@ -109,11 +118,11 @@ class World:
         """Throw something at whoever listens on `subject`."""
         self._do(self.bus.publish(subject, payload, reply="_INBOX.nobody"))
 
-    def ask_rank(self, fetch: Fetch) -> Moved | None:
+    def ask_rank(self, order: Fetch | Expect) -> Moved | None:
         """What the rank answers; None if nothing."""
         subject = SCOPE.of(NODE, rank_what(0))
         try:
-            reply = self._do(self.bus.request(subject, encode(fetch), ANSWER_SECONDS))
+            reply = self._do(self.bus.request(subject, encode(order), ANSWER_SECONDS))
         except NoAnswer:
             return None
         return Decoder(Moved).decode(reply)
@@ -137,6 +146,7 @@ class World:
                 status.copies,
             ),
             len(self.fetched),
+            len(self.expected),
         )
 
     def close(self) -> None:
@@ -258,8 +268,17 @@ def test_a_fetch_is_carried_out_and_answered(world: World) -> None:
     world.fetched.clear()
 
 
+def test_a_rank_hears_of_readers(world: World) -> None:
+    counted = len(world.expected)
+    world.publish(subject(rank_what(0)), encode(EXPECT))
+    until(lambda: world.expected[counted:] == [EXPECT.seconds])
+
+
 @pytest.mark.parametrize("instance", ["", "another life"])
-def test_a_fetch_for_another_life_of_the_node_is_left_alone(world: World, instance: str) -> None:
+@pytest.mark.parametrize("order", [FETCH, EXPECT], ids=["fetch", "expect"])
+def test_what_is_meant_for_another_life_of_the_node_is_left_alone(
+    world: World, order: Fetch | Expect, instance: str
+) -> None:
     before = world.state()
-    assert world.ask_rank(replace(FETCH, instance=instance)) is None
+    assert world.ask_rank(replace(order, instance=instance)) is None
     assert world.state() == before
