@@ -425,6 +425,8 @@ class LeaderBus:
     async def _tick(self) -> None:
         while True:
             online = self._bus.connected
+            if not online:
+                self._expected_until = 0.0  # whatever was said may be lost
 
             def tick(core: Leader, online: bool = online) -> None:
                 core.peers.online = online

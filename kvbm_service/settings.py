@@ -352,9 +352,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Setting(
             "KVBM_HAND_OVER_DEADLINE_MS",
             number(0, 60_000, "milliseconds", scale=0.001),
-            "How long a decode request waits for its prefill engine to lease what it hands over, "
-            "and how long this node takes at most to do so for others. After that the prompt is "
-            "computed.",
+            "How long a decode request waits for its prefill engine to lease what it hands over "
+            "(after that the prompt is computed), and how long this node takes at most to do so "
+            "for others: the same on both, and longer than KVBM_STAGING_DEADLINE_MS.",
             field_kind=number(0, 60, "seconds"),
         ),
     ] = 2.0

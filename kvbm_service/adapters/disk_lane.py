@@ -183,10 +183,12 @@ class Lane:
                 else:
                     self._pause()
         finally:
-            if self._agent is None:  # the disk does not answer
-                self._give_up(under_way)
-            elif under_way:  # on the way out with an error: our memory must be left alone
-                self._quiet(under_way)
+            try:
+                if self._agent is not None:  # on the way out with an error: leave our memory alone
+                    self._quiet(under_way)
+            finally:
+                if self._agent is None:  # the disk does not answer
+                    self._give_up(under_way)
 
     def begin_step(self) -> None:
         """Whatever comes next is not what was before, for whoever looks whether we get on."""

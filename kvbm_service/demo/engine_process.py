@@ -9,7 +9,6 @@ side of the socket is gone, for whatever reason, the whole process group ends at
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -61,10 +60,11 @@ class Line:
 
     def _listen(self, heard: Callable[[ToEngine], None]) -> None:
         decoder = msgspec.json.Decoder[ToEngine](ToEngine)
-        with contextlib.suppress(ConnectionError):  # it was gone before it had heard everything
+        try:
             for line in self._lines:
                 heard(decoder.decode(line))
-        end_group(os.getpgrp())
+        finally:  # it may be gone in the midst of a line, or before it has heard everything
+            end_group(os.getpgrp())
 
 
 class Server:

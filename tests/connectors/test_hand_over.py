@@ -125,7 +125,7 @@ def test_blocks_that_lie_on_the_prefill_engines_disk_are_handed_over_from_there(
         "DYN_KVBM_DISK_CACHE_DIR": str(tmp_path),
         "KVBM_STAGING_DEADLINE_MS": 20_000,
     }
-    waits = {"KVBM_STAGING_DEADLINE_MS": 20_000}
+    waits = {"KVBM_HAND_OVER_DEADLINE_MS": 20_000}
     prefill, decode = meet(
         make_node("prefill", ranks=ranks, slots=0, extra=on_disk),
         make_node("decode", ranks=ranks, extra=waits),
@@ -251,6 +251,24 @@ def test_without_a_prefill_engine_the_decode_engine_computes_in_time(
     prefill.close()
     asked = decode.ask(prompt(41), transfer=told)
     assert (asked.loaded, asked.computed) == (0, 41)
+
+
+def test_a_decode_engine_waits_as_long_as_it_is_told_to(make_node: MakeEngine) -> None:
+    lasting, shorter = ({"KVBM_HAND_OVER_DEADLINE_MS": ms} for ms in (60_000, 4_000))
+    hurried = shorter | {"KVBM_LOOKUP_DEADLINE_MS": 20}
+    prefill, decode = meet(
+        make_node("prefill", extra=THROUGH_HOST | lasting), make_node("decode", extra=hurried)
+    )
+    saves = prefill.ranks[0].gate.saves
+    saves.close()
+    asked = prefill.submit(prompt(41), transfer=PREFILL)
+    prefill.until(lambda: asked.finished)
+    began = time.monotonic()
+    assert decode.ask(prompt(41), transfer=asked.handed_over).loaded == 0
+    assert 3.5 < time.monotonic() - began < 30.0
+    saves.open()
+    prefill.run()
+    eventually(lambda: all_is_given_back(prefill))
 
 
 def test_blocks_that_went_while_they_were_read_are_not_believed(make_node: MakeEngine) -> None:

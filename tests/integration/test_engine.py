@@ -144,7 +144,10 @@ time.sleep(60)
 """
 
 
-def test_an_engine_ends_with_its_starter_though_that_has_not_heard_everything() -> None:
+@pytest.mark.parametrize("last_words", [b"", b'{"type": "As'], ids=["none", "half a line"])
+def test_an_engine_ends_with_its_starter_though_that_has_not_heard_or_said_everything(
+    last_words: bytes,
+) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         engine = subprocess.Popen(
@@ -154,6 +157,7 @@ def test_an_engine_ends_with_its_starter_though_that_has_not_heard_everything() 
         )
     try:
         assert ours.recv(1, socket.MSG_PEEK)
+        ours.sendall(last_words)
         ours.close()
         assert engine.wait(PATIENCE_SECONDS) == -signal.SIGKILL
     finally:
