@@ -73,6 +73,9 @@ def test_a_registry_that_was_told_absurd_lies_about_a_node_knows_the_truth_again
         kind = data.draw(st.sampled_from([Stored, Removed, Cleared, Beat]))
         lie = kind(**place, **(blocks if kind in (Stored, Removed) else {}))
         world.publish(SCOPE.of(NODE, "events"), encode(lie))
+    counted = world.rejected()
+    world.publish(SCOPE.of(NODE, "events"), b"rubbish")  # arrives after them
+    until(lambda: world.rejected() == counted + 1)
     until(lambda: knows_the_truth(world), lie, HEAL_SECONDS)
     assert now_at(world).epoch == at.epoch
 
